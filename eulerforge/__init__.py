@@ -1,0 +1,3 @@
+"""EulerForge: a plugin-registry framework for LoRA fine-tuning of language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,90 @@
+"""Frozen declarations that a plugin's hooks return; a target is imported only when a run names it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import attrs
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def _check_name(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError(f"{attribute.name} {value!r} must be lower-case letters, digits, '.', '_' or '-'")
+
+
+def _check_target(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str) or not _TARGET.fullmatch(value):
+        raise ValueError(f"{attribute.name} {value!r} must be of the form 'package.module:attribute'")
+
+
+def _names(values: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(values, str):
+        raise ValueError(f"a list of names is wanted, not the single text {values!r}")
+    return tuple(values)
+
+
+@attrs.frozen(kw_only=True)
+class Spec:
+    """What every offer says of itself.
+
+    ``target`` is ``"package.module:attribute"``, a class without constructor arguments or an object.
+    """
+
+    name: str = attrs.field(validator=_check_name)
+    target: str = attrs.field(validator=_check_target)
+    summary: str = attrs.field(validator=attrs.validators.instance_of(str))
+    aliases: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    docs_url: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class BackboneSpec(Spec):
+    """A backbone adapter.
+
+    ``model_types`` are the Hugging Face ``config.model_type`` values that the adapter covers fully.
+    ``partial_model_types`` are accepted when named, although keywords reach only a part of the layers:
+    the run warns and says which.
+    ``roles`` are the roles that the adapter knows.
+    """
+
+    model_types: tuple[str, ...] = attrs.field(converter=_names)
+    partial_model_types: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    roles: tuple[str, ...] = attrs.field(default=(), converter=_names)
+
+
+@attrs.frozen(kw_only=True)
+class StrategySpec(Spec):
+    """An injection strategy.
+
+    ``config_target`` names a light attrs class that extends ``InjectionConfig`` and owns the strategy's keys.
+    ``groups`` are the phase groups that the injected parameters fall into.
+    """
+
+    config_target: str = attrs.field(validator=_check_target)
+    groups: tuple[str, ...] = attrs.field(default=(), converter=_names)
+
+
+@attrs.frozen(kw_only=True)
+class PhaseGroupSpec(Spec):
+    """A phase-group resolver and the groups that it can name parameters for."""
+
+    groups: tuple[str, ...] = attrs.field(converter=_names)
+
+
+@attrs.frozen(kw_only=True)
+class PresetSpec:
+    """A preset file inside a plugin's package: ``file`` is relative to ``package`` and stays below it."""
+
+    name: str = attrs.field(validator=_check_name)
+    package: str
+    file: str
+    summary: str = ""
+
+    @file.validator
+    def _inside(self, _: object, value: str) -> None:
+        if value.startswith(("/", "\\")) or ".." in value.replace("\\", "/").split("/"):
+            raise ValueError(f"file {value!r} must lie inside the package")
