@@ -21,6 +21,11 @@ def _check_target(_: object, attribute: attrs.Attribute[str], value: object) -> 
         raise ValueError(f"{attribute.name} {value!r} must be of the form 'package.module:attribute'")
 
 
+def _check_inside(_: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if value.startswith(("/", "\\")) or ".." in value.replace("\\", "/").split("/"):
+        raise ValueError(f"{attribute.name} {value!r} must lie inside the package")
+
+
 def _names(values: Iterable[str]) -> tuple[str, ...]:
     if isinstance(values, str):
         raise ValueError(f"a list of names is wanted, not the single text {values!r}")
@@ -81,10 +86,5 @@ class PresetSpec:
 
     name: str = attrs.field(validator=_check_name)
     package: str
-    file: str
+    file: str = attrs.field(validator=_check_inside)
     summary: str = ""
-
-    @file.validator
-    def _inside(self, _: object, value: str) -> None:
-        if value.startswith(("/", "\\")) or ".." in value.replace("\\", "/").split("/"):
-            raise ValueError(f"file {value!r} must lie inside the package")
