@@ -1,0 +1,47 @@
+"""Reading and writing a plain linear weight; quantized formats come through the ``eulerforge_linear_ops`` hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from eulerforge.api import LinearOps
+from eulerforge.errors import ModelError
+
+
+class PlainLinearOps:
+    """``nn.Linear`` with a floating-point weight."""
+
+    def dequantize(self, module: nn.Module) -> torch.Tensor:
+        return module.weight.detach().float()  # type: ignore[operator,union-attr]
+
+    @torch.no_grad()
+    def write(self, module: nn.Module, weight: torch.Tensor) -> None:
+        module.weight.copy_(weight)  # type: ignore[operator,union-attr]
+
+
+PLAIN = PlainLinearOps()
+
+
+def linear_ops_from(registry: Any) -> Callable[[nn.Module], LinearOps]:
+    """A function from module to its operations: a plugin's answer first, then the plain one.
+
+    Raises (from the function):
+        ModelError: no plugin knows the module and it is not a plain linear one.
+    """
+
+    def find(module: nn.Module) -> LinearOps:
+        ops: LinearOps | None = registry.linear_ops(module)
+        if ops is not None:
+            return ops
+        if isinstance(module, nn.Linear) and module.weight.is_floating_point():
+            return PLAIN
+        raise ModelError(
+            f"no plugin knows how to read the weight of a {type(module).__name__}",
+            hint="install the plugin that offers this format, or load the base with model.load_precision.mode = bf16",
+        )
+
+    return find

@@ -1,0 +1,130 @@
+"""Load a model and its tokenizer, and treat every missing weight as an error.
+
+transformers fills a tensor that the files do not hold with random numbers and logs a line; a run would train on noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from eulerforge.config.schema import RunConfig
+from eulerforge.errors import ModelError
+from eulerforge.models.device import pick_dtype
+from eulerforge.models.source import BaseSource, resolve_source
+
+QUANTIZED_MODES = ("int8", "int4")
+
+
+@attrs.frozen(kw_only=True)
+class LoadedModel:
+    """A base model in eval mode with ``use_cache`` off, its tokenizer, and where both came from."""
+
+    model: Any
+    tokenizer: Any
+    source: BaseSource
+    dtype: torch.dtype
+
+
+def load_tokenizer(run: RunConfig, *, say: Callable[[str], None] | None = None) -> Any:
+    """The model's tokenizer; no weights are read.
+
+    Raises:
+        ModelError: the folder has no tokenizer that transformers can load.
+    """
+    source = resolve_source(run.model_name, revision=run.model.revision, say=say)
+    return _tokenizer(source.folder, run.model.trust_remote_code)
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, use_fast=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(
+            f"no tokenizer can be loaded from {folder.name}: {_first_line(error)}",
+            key="model_name",
+            hint="the folder needs tokenizer.json and tokenizer_config.json",
+        ) from error
+
+
+def load_model(
+    run: RunConfig, *, device: torch.device, say: Callable[[str], None] | None = None
+) -> LoadedModel:
+    """Load the base of a run onto ``device``.
+
+    Raises:
+        ModelError: the model is not there, is damaged, or lacks weights.
+    """
+    mode = run.model.load_precision.mode
+    if mode in QUANTIZED_MODES:
+        raise ModelError(
+            f"load_precision.mode = {mode}: quantized bases are not part of this release",
+            key="model.load_precision.mode",
+            hint="use bf16, fp16 or fp32",
+        )
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    source = resolve_source(run.model_name, revision=run.model.revision, say=say)
+    dtype = pick_dtype(mode, device)
+    attention = None if run.model.attn_implementation == "auto" else run.model.attn_implementation
+    hf_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=run.model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # noqa: BLE001 - transformers and safetensors raise every kind for a damaged folder
+        raise ModelError(
+            f"{source.name} cannot be loaded: {_first_line(error)}",
+            key="model_name",
+            hint="--debug shows the whole error; a model with code of its own needs model.trust_remote_code = true",
+        ) from error
+    _refuse_incomplete(source, info)
+    model.config.use_cache = False
+    return LoadedModel(
+        model=model.to(device).eval(),
+        tokenizer=_tokenizer(source.folder, run.model.trust_remote_code),
+        source=source,
+        dtype=dtype,
+    )
+
+
+def _refuse_incomplete(source: BaseSource, info: dict[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = sorted(str(item[0]) for item in info.get("mismatched_keys", ()))
+    if missing or mismatched:
+        first = (missing or mismatched)[0]
+        raise ModelError(
+            f"{source.name}: {len(missing)} tensors are missing and {len(mismatched)} have another shape,"
+            f" {first} first; they would start as random numbers",
+            key="model_name",
+            hint="the folder is damaged, or holds a checkpoint with adapters: merge it first (eulerforge merge)",
+        )
+
+
+def model_types(config: Any) -> tuple[str, ...]:
+    """A config's model_type, and its text part's where it has one."""
+    text = config.get_text_config()
+    return tuple(dict.fromkeys((str(config.model_type), str(text.model_type))))
+
+
+def config_model_type(folder: Path) -> str:
+    """``model_type`` of a folder's config.json, read without transformers."""
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

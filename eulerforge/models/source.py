@@ -1,0 +1,84 @@
+"""From ``model_name`` to a local folder in the Hugging Face format, whatever it was before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+
+from eulerforge.config.location import resolve_location
+from eulerforge.errors import ModelError
+
+HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+@attrs.frozen(kw_only=True)
+class BaseSource:
+    """A base model on disk: ``kind`` is folder, gguf or hub, ``folder`` holds config, tokenizer and safetensors."""
+
+    kind: str
+    name: str
+    folder: Path
+
+
+def resolve_source(
+    model_name: str, *, revision: str | None = None, say: Callable[[str], None] | None = None
+) -> BaseSource:
+    """The local folder of a model: a folder as it is, a GGUF file converted once, a hub id from the hub's cache.
+
+    Raises:
+        ModelError: there is no such model, or the folder holds no safetensors.
+    """
+    if model_name.startswith("pkg://") or model_name.endswith(".gguf"):
+        path = resolve_location(model_name)
+    else:
+        path = Path(model_name).expanduser()
+    if path.suffix == ".gguf":
+        from eulerforge.models.gguf import converted_folder
+
+        if not path.is_file():
+            raise ModelError(f"there is no file {path}", key="model_name")
+        return BaseSource(kind="gguf", name=model_name, folder=converted_folder(path, say=say))
+    if path.is_dir():
+        return BaseSource(kind="folder", name=model_name, folder=_checked(path, model_name))
+    if path.is_absolute() or model_name.startswith((".", "~", "pkg://")) or model_name.count("/") != 1:
+        raise ModelError(
+            f"there is no model folder {model_name!r}",
+            key="model_name",
+            hint="give a folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B",
+        )
+    return BaseSource(kind="hub", name=model_name, folder=_checked(_from_hub(model_name, revision), model_name))
+
+
+def _checked(folder: Path, model_name: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{model_name}: the folder has no config.json", key="model_name")
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
+        raise ModelError(
+            f"{model_name}: the folder has no {WEIGHT_FILES[0]} and no {WEIGHT_FILES[1]}",
+            key="model_name",
+            hint="its weights are pickle files, which can run code: convert them to safetensors first"
+            if pickled
+            else "a base model needs safetensors weights",
+        )
+    return folder
+
+
+def _from_hub(model_name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        return Path(snapshot_download(model_name, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{model_name} is neither a local folder nor to be had from the hub: {first}",
+            key="model_name",
+            hint="check the name and the network, or put in a local folder with --set model_name=FOLDER",
+        ) from error

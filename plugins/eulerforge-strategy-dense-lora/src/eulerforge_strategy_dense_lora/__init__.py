@@ -1,0 +1,1 @@
+"""Dense LoRA injection strategy for EulerForge."""
