@@ -1,0 +1,17 @@
+"""Shared by all tests: a cache of their own, the CPU's threads kept low, and the tests' folder importable."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EULERFORGE_CACHE", str(tmp_path_factory.getbasetemp() / "eulerforge-cache"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
