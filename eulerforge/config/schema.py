@@ -1,0 +1,157 @@
+"""Every key that a preset may have, apart from those of ``injection``, which belong to the strategy.
+
+The help texts are the reference documentation: the preset reference and ``plugins show`` are made from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from eulerforge.api.settings import InjectionConfig, setting
+from eulerforge.errors import Problem
+
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int4")
+
+
+@attrs.frozen(kw_only=True)
+class LoadPrecision:
+    """In which precision the base is loaded; adapters are always fp32."""
+
+    mode: str = setting(
+        "auto", choices=PRECISIONS, help="Precision of the base; auto is bf16 where the device multiplies it, else fp32"
+    )
+    quant_type: str = setting("nf4", choices=("nf4", "fp4"), help="4-bit format of int4")
+    double_quant: bool = setting(True, help="Quantize the quantization constants of int4 too")
+    compute_dtype: str = setting(
+        "auto", choices=("auto", "fp32", "fp16", "bf16"), help="Precision of the products of a quantized base"
+    )
+
+
+@attrs.frozen(kw_only=True)
+class ModelConfig:
+    """How the base model is loaded."""
+
+    load_precision: LoadPrecision = setting(factory=LoadPrecision, help="Precision of the base")
+    revision: str | None = setting(None, help="Branch, tag or commit of a model on the hub")
+    trust_remote_code: bool = setting(False, help="Run Python code that comes with the model; off unless you trust it")
+    attn_implementation: str = setting("auto", help="transformers' attention implementation, such as sdpa or eager")
+
+
+@attrs.frozen(kw_only=True)
+class ValidationConfig:
+    """Which rows are held out."""
+
+    size: int | None = setting(None, ge=1, help="Number of rows held out from data.path")
+    fraction: float | None = setting(None, gt=0, lt=1, help="Share of the rows held out from data.path")
+    path: tuple[str, ...] = setting((), help="Files of their own with the held-out rows")
+    seed: int = setting(0, ge=0, help="Which rows are held out")
+
+    def check(self) -> Iterable[Problem]:
+        given = [name for name in ("size", "fraction", "path") if getattr(self, name)]
+        if len(given) > 1:
+            yield Problem(key=given[1], message=f"{' and '.join(given)} exclude each other", hint="keep one of them")
+
+
+@attrs.frozen(kw_only=True)
+class DataConfig:
+    """Where the rows come from and how they become tokens."""
+
+    format: str = setting("raw", choices=("raw", "processed"), help="raw rows, or rows of input_ids and labels")
+    task: str = setting("sft", choices=("sft",), help="What is trained: supervised fine-tuning")
+    path: tuple[str, ...] = setting((), help="JSON Lines files: a path, or pkg://package/file; a list is read in order")
+    max_length: int = setting(512, ge=2, help="Tokens of a row at most")
+    template: str = setting(
+        "auto", choices=("auto", "chat", "none"), help="auto: the tokenizer's chat template when it has one; none: plain"
+    )
+    schema: Mapping[str, str] = setting(factory=dict, help="Column names of the file, such as {prompt = 'question'}")
+    system_prompt: str | None = setting(None, help="System message put before every conversation that has none")
+    validation: ValidationConfig = setting(factory=ValidationConfig, help="Held-out rows")
+    max_rows: int | None = setting(None, ge=1, help="Read this many rows at most")
+    on_long: str = setting("truncate", choices=("truncate", "drop"), help="What happens to rows beyond max_length")
+    cache: bool = setting(True, help="Keep tokenized rows in the cache folder")
+
+
+@attrs.frozen(kw_only=True)
+class PhaseConfig:
+    """From ``step`` on, the groups in ``trainable`` train and all else is frozen."""
+
+    step: int = setting(ge=0, help="First optimizer step of the phase")
+    trainable: tuple[str, ...] = setting(help="Groups that train, such as lora and attn_lora")
+
+
+@attrs.frozen(kw_only=True)
+class TrainingConfig:
+    """The optimizer and its schedule; every key that ends in ``_steps`` counts optimizer steps."""
+
+    type: str = setting("sft", choices=("sft",), help="Kind of training")
+    phases: tuple[PhaseConfig, ...] = setting((), help="Which groups train from which step on; none = all LoRA groups")
+    lr: float = setting(1e-4, gt=0, help="Peak learning rate")
+    weight_decay: float = setting(0.01, ge=0, help="AdamW's decoupled weight decay")
+    betas: tuple[float, ...] = setting((0.9, 0.999), help="AdamW's two decay rates")
+    eps: float = setting(1e-8, gt=0, help="AdamW's epsilon")
+    scheduler: str = setting(
+        "cosine", choices=("cosine", "linear", "constant"), help="Learning rate after the warm-up"
+    )
+    min_lr_ratio: float = setting(0.0, ge=0, le=1, help="The last learning rate as a share of lr")
+    warmup_steps: int = setting(0, ge=0, help="Steps of linear warm-up")
+    max_train_steps: int | None = setting(None, ge=1, help="Optimizer steps to train")
+    num_epochs: float | None = setting(None, gt=0, help="Passes over the rows to train, instead of max_train_steps")
+    batch_size: int = setting(4, ge=1, help="Rows of a micro-batch")
+    grad_accum_steps: int = setting(1, ge=1, help="Micro-batches of an optimizer step")
+    max_grad_norm: float = setting(1.0, ge=0, help="Gradient norm to clip to; 0 = off")
+    log_steps: int = setting(10, ge=1, help="Report the loss every so many steps")
+    save_steps: int = setting(0, ge=0, help="Save a checkpoint every so many steps; 0 = only at the end")
+    val_steps: int = setting(0, ge=0, help="Evaluate held-out rows every so many steps; 0 = only before and after")
+    gradient_checkpointing: bool = setting(False, help="Recompute activations in the backward pass to save memory")
+    deterministic: bool = setting(False, help="Use deterministic kernels on CUDA, slower")
+    threads: int | None = setting(None, ge=1, help="CPU threads of torch")
+
+    def check(self) -> Iterable[Problem]:
+        if self.max_train_steps is not None and self.num_epochs is not None:
+            yield Problem(
+                key="num_epochs", message="max_train_steps and num_epochs exclude each other", hint="keep one of them"
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            yield Problem(key="betas", message="betas are two numbers from 0 to below 1", hint="[0.9, 0.999]")
+        for name in ("lr", "weight_decay", "eps", "max_grad_norm"):
+            if not math.isfinite(getattr(self, name)):
+                yield Problem(key=name, message="the number must be finite")
+
+
+@attrs.frozen(kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    include_base: bool = setting(True, help="Write the base weights beside the adapters in final/")
+    keep_last: int | None = setting(None, ge=1, help="Keep this many checkpoints; default: all")
+
+
+@attrs.frozen(kw_only=True)
+class EvaluationConfig:
+    """What is shown of the model before and after training."""
+
+    samples: int = setting(0, ge=0, help="Held-out prompts that the base and the tuned model answer")
+    prompts: tuple[str, ...] = setting((), help="Prompts of your own that both models answer")
+    max_new_tokens: int = setting(64, ge=1, help="Length of an answer at most")
+    batch_size: int | None = setting(None, ge=1, help="Rows of an evaluation batch; default: training.batch_size")
+
+
+@attrs.frozen(kw_only=True)
+class RunConfig:
+    """A whole run. ``strategy`` and ``injection`` come from the preset's ``injection`` table."""
+
+    model_name: str = setting(help="Hub id, model folder, .gguf file or pkg://package/file")
+    device: str = setting("auto", help="auto, cpu, cuda or cuda:N")
+    backbone: str = setting("auto", help="Backbone adapter; auto picks by the model's model_type")
+    seed: int = setting(42, ge=0, help="Seed of the adapters, the data order and the dropout")
+    output_dir: str | None = setting(None, help="Folder of the run; default: runs/<preset name>")
+    strategy: str = setting("dense_lora", help="Injection strategy (written as injection.strategy)")
+    injection: InjectionConfig = setting(factory=InjectionConfig, help="Keys of the strategy")
+    model: ModelConfig = setting(factory=ModelConfig, help="How the base is loaded")
+    data: DataConfig = setting(factory=DataConfig, help="Rows")
+    training: TrainingConfig = setting(factory=TrainingConfig, help="Optimizer and schedule")
+    checkpoint: CheckpointConfig = setting(factory=CheckpointConfig, help="What is kept")
+    evaluation: EvaluationConfig = setting(factory=EvaluationConfig, help="What is shown")
