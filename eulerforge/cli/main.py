@@ -1,0 +1,125 @@
+"""The command ``eulerforge``: one lazy module per command, and one place where errors become lines and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from eulerforge import __version__
+from eulerforge.errors import EulerForgeError, Problem, UsageError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("train_command", "fine-tune a model from a preset"),
+    "bench": ("bench_command", "merge a run and measure it on held-out rows"),
+    "merge": ("merge_command", "write a run's merged model as a Hugging Face folder"),
+    "export": ("export_command", "write a run as a merged model or a PEFT adapter"),
+    "data": ("data_command", "look at the rows as the model will see them"),
+    "plugins": ("plugins_command", "list, show and check plugins"),
+    "presets": ("presets_command", "list and show presets"),
+    "env": ("env_command", "versions and folders, for a bug report"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with usage errors in our own form."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
+
+
+def main_parser() -> argparse.ArgumentParser:
+    """The parser of ``eulerforge`` itself; it imports no command."""
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    parser = Parser(
+        prog="eulerforge",
+        description="LoRA fine-tuning of language models through plugins.",
+        epilog=f"commands:\n{listing}\n\n'eulerforge COMMAND --help' explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"eulerforge {__version__}")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help="what to do")
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="the command's own arguments")
+    return parser
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command; its module is imported here."""
+    parser = Parser(prog=f"eulerforge {name}", description=COMMANDS[name][1].capitalize() + ".", allow_abbrev=False)
+    command_module(name).add_arguments(parser)
+    return parser
+
+
+def command_module(name: str) -> Any:
+    return importlib.import_module(f"eulerforge.cli.{COMMANDS[name][0]}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and give back its exit code; every error is printed here."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        return _dispatch(arguments)
+    except EulerForgeError as error:
+        if debug:
+            _traceback()
+        _print_problems(error.problems, as_json)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _print_problems([Problem(message="interrupted")], as_json)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output went away, as `| head` does; keep the interpreter's last flush quiet
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the last line of defence: one line, never a bare traceback
+        if debug:
+            _traceback()
+        first = (str(error).strip() or "no message").splitlines()[0]
+        hint = "--debug shows the traceback; this is a fault of EulerForge or of a plugin, please report it"
+        _print_problems([Problem(message=f"{type(error).__name__}: {first}", hint=hint)], as_json)
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    first = main_parser().parse_args(arguments)
+    if first.command is None:
+        main_parser().print_help()
+        return UsageError.exit_code
+    if first.command not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(first.command, COMMANDS, n=1)
+        raise UsageError(
+            f"there is no command {first.command!r}",
+            hint=f"did you mean eulerforge {near[0]}?" if near else "eulerforge --help lists the commands",
+        )
+    args = command_parser(first.command).parse_args(first.arguments)
+    code: int = command_module(first.command).run(args)
+    return code
+
+
+def _print_problems(problems: Sequence[Problem], as_json: bool) -> None:
+    from eulerforge.cli.output import emit_json_problems, say
+
+    if as_json:
+        emit_json_problems(problems)
+    for problem in problems:
+        for line in problem.lines():
+            say(line)
+
+
+def _traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    sys.exit(main())
