@@ -1,0 +1,82 @@
+"""``eulerforge data preview``: the rows as the model will see them, trained tokens told apart from masked ones.
+
+On a terminal trained text is green and masked text dim; elsewhere, and with NO_COLOR, trained text stands in ⟦ ⟧.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TextIO
+
+TRAINED_START, TRAINED_END = "\x1b[32m", "\x1b[0m"
+MASKED_START, MASKED_END = "\x1b[2m", "\x1b[0m"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``data``."""
+    from eulerforge.cli.plugin_options import add_plugin_options
+    from eulerforge.cli.train_config import add_config_options
+
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    preview = actions.add_parser("preview", help="show rows with trained and masked tokens told apart")
+    add_config_options(preview)
+    add_plugin_options(preview)
+    preview.add_argument("--rows", type=_positive, default=3, metavar="N", help="how many rows to show (default 3)")
+    preview.add_argument("--validation", action="store_true", help="show held-out rows instead of training rows")
+    preview.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the preview. Raises DataError for bad rows and ConfigError for a bad preset."""
+    from eulerforge.cli.output import emit_json
+    from eulerforge.cli.plugin_options import registry_from
+    from eulerforge.cli.train_config import load_from_args
+    from eulerforge.data.prepared import build_dataset
+    from eulerforge.data.preview import preview_rows
+    from eulerforge.errors import DataError
+    from eulerforge.models.load import load_tokenizer
+
+    config = load_from_args(args, registry_from(args)).run
+    tokenizer = load_tokenizer(config)
+    datasets = build_dataset(config.data, tokenizer, seed=config.seed)
+    rows = datasets.validation if args.validation else datasets.train
+    if rows is None:
+        raise DataError("nothing is held out", key="data.validation", hint="--set data.validation.fraction=0.1")
+    previews = preview_rows(rows, tokenizer, args.rows)
+    if args.json:
+        emit_json({"report": datasets.report.to_json(), "rows": [preview.to_json() for preview in previews]})
+        return 0
+    colour = _has_colour(sys.stdout)
+    for preview in previews:
+        print(f"--- {preview.source}: {preview.tokens:,} tokens, {preview.trained_tokens:,} trained")
+        if colour:
+            print(preview.marked(TRAINED_START, TRAINED_END, MASKED_START, MASKED_END))
+        else:
+            print(preview.marked(*_brackets(sys.stdout)))
+    print("---")
+    print("trained text is green, masked text is dim" if colour else "trained text stands in double brackets")
+    for line in datasets.report.lines():
+        print(line)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _has_colour(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _brackets(stream: TextIO) -> tuple[str, str]:
+    """⟦ and ⟧, or [[ and ]] where the stream's encoding has no such characters."""
+    try:
+        "⟦⟧".encode(stream.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return "[[", "]]"
+    return "⟦", "⟧"

@@ -1,0 +1,64 @@
+"""Where a path of a preset points: a plain path, or ``pkg://package/file`` for a file that an installed package brings.
+
+Notable: the package is found, never imported, so a data package costs nothing and cannot run code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from pathlib import Path, PurePosixPath
+
+from eulerforge.errors import UsageError
+
+SCHEME = "pkg://"
+
+
+def is_package_location(text: str) -> bool:
+    """Whether ``text`` is written as ``pkg://package/file``."""
+    return text.startswith(SCHEME)
+
+
+def resolve_location(text: str) -> Path:
+    """The file or folder that ``text`` names.
+
+    A ``pkg://`` location must exist; a plain path is only expanded (``~``), because the caller knows what it expects
+    there. Raises UsageError for a malformed location, an absent package, or a file that the package does not have.
+    """
+    if not is_package_location(text):
+        return Path(text).expanduser()
+    package, _, inner = text.removeprefix(SCHEME).partition("/")
+    parts = PurePosixPath(inner).parts
+    if not package.isidentifier() or not parts:
+        raise UsageError(f"{text!r} is not a package location", hint="write pkg://package/path/inside/it")
+    if ".." in parts or PurePosixPath(inner).is_absolute() or "\\" in inner:
+        raise UsageError(f"{text!r} points outside of the package", hint="write the path inside the package, without ..")
+    path = _package_folder(package, text).joinpath(*parts)
+    if not path.exists():
+        raise UsageError(f"the package {package} has no file {inner}", hint=_nearest(path))
+    return path
+
+
+def _package_folder(package: str, text: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not folders:
+        raise UsageError(
+            f"{text!r} needs the package {package}, which is not installed",
+            hint=f"pip install {package.replace('_', '-')}",
+        )
+    return Path(folders[0])
+
+
+def _nearest(path: Path) -> str | None:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder {folder.name} in it either"
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("__"))
+    close = difflib.get_close_matches(path.name, names, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"it has {', '.join(names[:8])}" if names else None

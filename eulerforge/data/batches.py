@@ -1,0 +1,98 @@
+"""Which rows a step trains on, and those rows as tensors.
+
+Notable: the order is a function of the seed and the step alone, so a resumed run needs no saved position, and the rows
+of a step are the same however batch_size x grad_accum_steps is cut. The mask comes from lengths, never from ids: where
+the padding token is the EOS token, the EOS of a row stays trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from eulerforge.data.rows import IGNORED
+from eulerforge.data.tokenized import TokenizedRows
+
+if TYPE_CHECKING:
+    import torch
+
+
+@attrs.frozen(kw_only=True)
+class Batch:
+    """Right-padded rows: B rows, T the longest of them. Labels are not shifted and are -100 where nothing is trained.
+
+    ``tokens`` counts real tokens, ``label_tokens`` those that the loss divides by.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    tokens: int
+    label_tokens: int
+
+
+class BatchPlan:
+    """The rows of each optimizer step, counted from 0, over as many epochs as are asked for."""
+
+    def __init__(self, rows: TokenizedRows, batch_size: int, grad_accum_steps: int, seed: int) -> None:
+        if not len(rows):
+            raise ValueError("a batch plan needs at least one row")
+        self.rows = rows
+        self.batch_size = batch_size
+        self.grad_accum_steps = grad_accum_steps
+        self.seed = seed
+        self._epoch = -1
+        self._order: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.grad_accum_steps
+
+    def steps_for(self, epochs: float) -> int:
+        """Optimizer steps that see every row ``epochs`` times; the last step may begin the next epoch."""
+        return max(1, math.ceil(len(self.rows) * epochs / self.rows_per_step - 1e-9))
+
+    def epoch_at(self, step: int) -> float:
+        """How many times the rows have been gone through when ``step`` begins."""
+        return step * self.rows_per_step / len(self.rows)
+
+    def step_rows(self, step: int) -> list[list[int]]:
+        """The micro-batches of a step: grad_accum_steps lists of batch_size row indices."""
+        first = step * self.rows_per_step
+        picked = [self._row_at(position) for position in range(first, first + self.rows_per_step)]
+        return [picked[at : at + self.batch_size] for at in range(0, len(picked), self.batch_size)]
+
+    def _row_at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.rows))
+        if epoch != self._epoch:
+            self._order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.rows))
+            self._epoch = epoch
+        return int(self._order[place])
+
+
+def collate(rows: TokenizedRows, indices: Sequence[int], pad_id: int, device: torch.device | str) -> Batch:
+    """The rows at ``indices`` as one batch on ``device``; tensors are (B, T) int64."""
+    import torch
+
+    picked = [rows.row(index) for index in indices]
+    shape = (len(picked), max(len(ids) for ids, _ in picked))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    for line, (ids, labelled) in enumerate(picked):
+        input_ids[line, : len(ids)] = ids
+        attention_mask[line, : len(ids)] = 1
+        labels[line, : len(ids)] = np.where(labelled != 0, ids.astype(np.int64), IGNORED)
+    labels[:, 0] = IGNORED
+    return Batch(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        attention_mask=torch.from_numpy(attention_mask).to(device),
+        labels=torch.from_numpy(labels).to(device),
+        tokens=int(attention_mask.sum()),
+        label_tokens=int((labels != IGNORED).sum()),
+    )

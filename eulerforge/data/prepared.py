@@ -1,0 +1,223 @@
+"""From a preset's data section to tokenized training and validation rows.
+
+Read, parse, render, tokenize, cut, cache, split: each step is a module of its own, this one puts them in a row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+
+from eulerforge.config.cachedir import cache_root
+from eulerforge.data.cache import CacheEntry, cache_key, tokenizer_sha256
+from eulerforge.data.files import DataFile, find_files
+from eulerforge.data.read import BadRows, read_rows
+from eulerforge.data.render import Renderer
+from eulerforge.data.report import DataReport, PartReport
+from eulerforge.data.rows import ProcessedRow, Row, RowParser
+from eulerforge.data.split import split_rows
+from eulerforge.data.tokenize import RowTokenizer, Tokens
+from eulerforge.data.tokenized import TokenizedRows
+from eulerforge.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from eulerforge.config.schema import DataConfig
+
+_CHUNK = 1024
+TOO_LONG = "longer than data.max_length"
+NO_LABELS = "no trained token within data.max_length"
+
+
+@attrs.frozen(kw_only=True)
+class Datasets:
+    """What a run trains and validates on."""
+
+    train: TokenizedRows
+    validation: TokenizedRows | None
+    report: DataReport
+
+
+def build_dataset(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, cache_dir: Path | None = None
+) -> Datasets:
+    """Tokenized rows of the preset's data files, from the cache where it has them.
+
+    ``cache_dir`` None is the default folder. ``seed`` is the run's, for callers that hold only one; which rows are held
+    out is ``data.validation.seed``'s alone, so that runs with several seeds are measured on the same rows.
+    Raises DataError with every bad row (the first 20 in full), and when no usable row is left.
+    """
+    del seed
+    prepare = _Preparation(config, tokenizer, cache_dir or cache_root())
+    files = find_files(config.path)
+    train, part = prepare.part(files, max_rows=config.max_rows)
+    parts = [part]
+    held_out = config.validation
+    validation: TokenizedRows | None = None
+    if held_out.path:
+        own_files = find_files(held_out.path, key="data.validation.path")
+        validation, part = prepare.part(own_files, max_rows=None)
+        parts.append(part)
+        shared = {file.path.resolve() for file in files} & {file.path.resolve() for file in own_files}
+        if shared:
+            prepare.notes.append("a validation file is also a training file: its loss will say nothing of new rows")
+    else:
+        kept, away = split_rows(len(train), size=held_out.size, fraction=held_out.fraction, seed=held_out.seed)
+        if len(away):
+            train, validation = train.subset(kept), train.subset(away)
+    report = DataReport(
+        parts=tuple(parts),
+        rendering=prepare.rendering,
+        max_length=config.max_length,
+        train_rows=len(train),
+        train_tokens=len(train.tokens),
+        train_label_tokens=train.label_tokens,
+        validation_rows=len(validation) if validation is not None else 0,
+        validation_tokens=len(validation.tokens) if validation is not None else 0,
+        validation_label_tokens=validation.label_tokens if validation is not None else 0,
+        cache=prepare.cache_state,
+        notes=tuple(prepare.notes),
+    )
+    return Datasets(train=train, validation=validation, report=report)
+
+
+class _Preparation:
+    """One preset's way from files to rows; collects what to tell the user on the way."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, cache: Path) -> None:
+        self.config = config
+        self.notes: list[str] = []
+        self.cache_state = "hit" if config.cache else "off"
+        self._cache = cache / "data"
+        self._tokenizer = tokenizer
+        self._row_tokenizer = RowTokenizer(tokenizer)
+        self._renderer = Renderer(config, tokenizer)
+        self._processed = config.format == "processed"
+        self._parser = RowParser(config.schema, processed=self._processed, vocabulary=len(tokenizer))
+        self._tokenizer_hash = tokenizer_sha256(tokenizer) if config.cache else ""
+
+    @property
+    def rendering(self) -> str:
+        if self._processed:
+            return "the file's own token ids"
+        return "the tokenizer's chat template" if self._renderer.uses_template else "plain text"
+
+    def part(self, files: tuple[DataFile, ...], *, max_rows: int | None) -> tuple[TokenizedRows, PartReport]:
+        names = tuple(file.name for file in files)
+        entry = self._entry(files, max_rows) if self.config.cache else None
+        loaded = entry.load(names) if entry is not None else None
+        if isinstance(loaded, tuple):
+            rows, facts = loaded
+        else:
+            if isinstance(loaded, str):
+                self.notes.append(f"the token cache entry {loaded}; it was made again")
+            rows, facts = self._build(files, max_rows)
+            if entry is not None:
+                self._store(entry, rows, facts)
+        report = PartReport(files=names, **facts)
+        if not len(rows):
+            raise self._nothing_left(report)
+        return rows, report
+
+    def _entry(self, files: Sequence[DataFile], max_rows: int | None) -> CacheEntry:
+        config = self.config
+        key = cache_key(
+            {
+                "files": [file.sha256() for file in files],
+                # The suffix decides between an array and lines.
+                "suffixes": [file.path.suffix.lower() for file in files],
+                "tokenizer": self._tokenizer_hash,
+                "format": config.format,
+                "template": config.template,
+                "schema": dict(config.schema),
+                "system_prompt": config.system_prompt,
+                "max_length": config.max_length,
+                "on_long": config.on_long,
+                "max_rows": max_rows,
+            }
+        )
+        return CacheEntry(folder=self._cache, key=key)
+
+    def _store(self, entry: CacheEntry, rows: TokenizedRows, facts: dict[str, Any]) -> None:
+        try:
+            entry.store(rows, facts)
+            self.cache_state = "built"
+        except OSError as error:
+            self.cache_state = "off"
+            self.notes.append(f"the tokenized rows could not be cached in {entry.folder}: {error.strerror}")
+
+    def _build(self, files: Sequence[DataFile], max_rows: int | None) -> tuple[TokenizedRows, dict[str, Any]]:
+        bad = BadRows()
+        kinds: Counter[str] = Counter()
+        dropped: Counter[str] = Counter()
+        truncated = 0
+        kept: list[Tokens] = []
+        origins: list[tuple[int, int]] = []
+        parsed = islice(self._parsed(files, bad), max_rows)
+        while chunk := list(islice(parsed, _CHUNK)):
+            kinds.update(row.kind for _, row in chunk)
+            for (file, row), tokens in zip(chunk, self._tokens([row for _, row in chunk], bad), strict=True):
+                if tokens is None:
+                    continue
+                ids, labelled = tokens
+                if len(ids) > self.config.max_length:
+                    if self.config.on_long == "drop":
+                        dropped[TOO_LONG] += 1
+                        continue
+                    ids, labelled = ids[: self.config.max_length], labelled[: self.config.max_length]
+                    truncated += bool(labelled.any())
+                if not labelled.any():
+                    dropped[NO_LABELS] += 1
+                    continue
+                kept.append((ids, labelled))
+                origins.append((file, row.line))
+        bad.raise_if_any()
+        facts = {
+            "rows_read": kinds.total(),
+            "kinds": dict(kinds),
+            "dropped": dict(dropped),
+            "truncated": truncated,
+        }
+        return TokenizedRows.gather(kept, origins, tuple(file.name for file in files)), facts
+
+    def _parsed(self, files: Sequence[DataFile], bad: BadRows) -> Iterator[tuple[int, Row]]:
+        for index, file in enumerate(files):
+            for source in read_rows(file, bad):
+                row = self._parser.parse(source, bad)
+                if row is not None:
+                    yield index, row
+
+    def _tokens(self, rows: Sequence[Row], bad: BadRows) -> list[Tokens | None]:
+        """(ids, labelled) of each row, None where ``bad`` names it."""
+        results: list[Tokens | None] = [None] * len(rows)
+        rendered = []
+        places = []
+        for place, row in enumerate(rows):
+            if isinstance(row, ProcessedRow):
+                labelled = np.array(row.labelled, dtype=np.uint8)
+                labelled[:1] = 0
+                results[place] = (np.array(row.input_ids, dtype=np.uint32), labelled)
+            elif (shown := self._renderer.render(row, bad)) is not None:
+                rendered.append(shown)
+                places.append(place)
+        for place, tokens in zip(places, self._row_tokenizer.rows(rendered, bad), strict=True):
+            results[place] = tokens
+        return results
+
+    def _nothing_left(self, report: PartReport) -> DataError:
+        names = ", ".join(report.files)
+        if not report.rows_read:
+            return DataError(f"{names}: there are no rows", key="data.path")
+        why = "; ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+        return DataError(
+            f"{names}: none of {report.rows_read:,} rows is left to use: {why}",
+            key="data.max_length",
+            hint=f"raise data.max_length (now {self.config.max_length})",
+        )

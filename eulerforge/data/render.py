@@ -1,0 +1,201 @@
+"""A row as the text that the model sees, with the spans of it that are trained.
+
+The rules: the tokenizer's own chat template speaks where there is one (``data.template``), else turns are joined as
+plain text and each answer is closed by the EOS token; a span runs from where generation would start to the token that
+ends the turn, that token included; the line break that many templates put after it is not trained.
+Notable: spans are found by rendering the turns before each answer with the generation prompt, which must be a prefix of
+the whole. A template for which that is not so would be trained on one prompt and asked another: an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from jinja2 import TemplateError
+
+from eulerforge.data.read import BadRows, SourceRow
+from eulerforge.data.rows import ChatRow, Message, ProcessedRow, Row, RowParser, TextRow
+from eulerforge.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from eulerforge.config.schema import DataConfig
+
+_PROBE = (Message("user", "question"), Message("assistant", "answer"))
+_NO_TEMPLATE_HINT = "--set data.template=none trains on plain text"
+
+
+@attrs.frozen(kw_only=True)
+class Rendered:
+    """Text with the half-open character spans of it that are trained, in order and apart."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    where: str
+    line: int
+
+
+class Renderer:
+    """Renders rows by the preset's template choice. Raises DataError when the choice cannot be met."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._system = (Message("system", config.system_prompt),) if config.system_prompt else ()
+        has_template = bool(tokenizer.chat_template)
+        if config.template == "chat" and not has_template:
+            raise DataError(
+                "the tokenizer has no chat template", key="data.template", hint="--set data.template=auto or none"
+            )
+        self.uses_template = has_template and config.template != "none"
+        self._eos = tokenizer.eos_token or ""
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._closers = tuple(special | {token for token in tokenizer.all_special_tokens if token})
+        self._end_marker = self._probe_end_marker() if self.uses_template else ""
+
+    def render(self, row: ChatRow | TextRow, bad: BadRows) -> Rendered | None:
+        """The row's text and spans, or None when the template cannot render it: then ``bad`` says why."""
+        if isinstance(row, TextRow):
+            text = self._closed(row.text)
+            return Rendered(text=text, spans=((0, len(text)),), where=row.where, line=row.line)
+        messages = self._with_system(row.messages)
+        if not self.uses_template:
+            text, spans = self._joined(messages, row.separator)
+            return Rendered(text=text, spans=spans, where=row.where, line=row.line)
+        try:
+            text, spans = self._templated(messages)
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            hint = _NO_TEMPLATE_HINT
+            if self._system and "system" in str(error).lower():
+                hint = f"this template takes no data.system_prompt; or {hint}"
+            bad.add(row.where, f"the chat template refuses this row: {error}", key="data.template", hint=hint)
+            return None
+        except _NotAPrefixError as error:
+            bad.add(row.where, str(error), key="data.template", hint=_NO_TEMPLATE_HINT)
+            return None
+        return Rendered(text=text, spans=spans, where=row.where, line=row.line)
+
+    def prompt(self, messages: Sequence[Message], separator: str) -> str:
+        """The text from which the next answer is generated."""
+        turns = self._with_system(messages)
+        if self.uses_template:
+            return self._apply(turns, generate=True)
+        return self._joined((*turns, Message("assistant", "")), separator, close_last=False)[0]
+
+    def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """data.system_prompt in front, unless the row brings its own."""
+        if self._system and not (messages and messages[0].role == "system"):
+            return (*self._system, *messages)
+        return tuple(messages)
+
+    def _apply(self, messages: Sequence[Message], *, generate: bool = False) -> str:
+        turns = [message.to_template() for message in messages]
+        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
+
+    def _templated(self, messages: Sequence[Message]) -> tuple[str, tuple[tuple[int, int], ...]]:
+        text = self._apply(messages)
+        last = len(messages) - 1
+        spans = []
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt = self._apply(messages[:index], generate=True)
+            if not text.startswith(prompt):
+                raise _NotAPrefixError(
+                    f"the chat template renders turn {index + 1} differently from the prompt that asks for it: "
+                    f"{_fork(prompt, text)}"
+                )
+            end = self._end_of_turn(text, len(prompt), text if index == last else self._apply(messages[: index + 1]))
+            if end <= len(prompt):
+                raise _NotAPrefixError(f"the chat template leaves nothing of turn {index + 1} to learn")
+            spans.append((len(prompt), end))
+        # A template that ends the last answer with no token of its own would never teach the model to stop.
+        if messages[last].role == "assistant" and not text[: spans[-1][1]].endswith(self._closers) and self._eos:
+            text = text[: spans[-1][1]] + self._eos
+            spans[-1] = (spans[-1][0], len(text))
+        return text, tuple(spans)
+
+    def _end_of_turn(self, text: str, start: int, until_here: str) -> int:
+        """Where the answer that begins at ``start`` ends, its closing token included."""
+        if text.startswith(until_here):
+            trimmed = until_here.rstrip()
+            return len(trimmed) if trimmed.endswith(self._closers) else len(until_here)
+        # Some templates show an answer otherwise once it is no longer the last (reasoning is left out): then the
+        # template's own closing token says where it ends.
+        found = text.find(self._end_marker, start) if self._end_marker else -1
+        if found < 0:
+            raise _NotAPrefixError("the chat template changes an answer when more turns follow, and does not close it")
+        return found + len(self._end_marker)
+
+    def _probe_end_marker(self) -> str:
+        try:
+            text = self._apply(_PROBE).rstrip()
+        except (TemplateError, TypeError, ValueError, KeyError):
+            return ""  # A template of its own kind; its rows say what is wrong.
+        return max((token for token in self._closers if text.endswith(token)), key=len, default="")
+
+    def _joined(
+        self, messages: Sequence[Message], separator: str, *, close_last: bool = True
+    ) -> tuple[str, tuple[tuple[int, int], ...]]:
+        text = ""
+        spans = []
+        for index, message in enumerate(messages):
+            if index:
+                text += "\n\n" if messages[index - 1].role == "system" else separator
+            start = len(text)
+            answer = message.role == "assistant"
+            close = answer and (close_last or index < len(messages) - 1)
+            text += self._closed(message.content) if close else message.content
+            if answer:
+                spans.append((start, len(text)))
+        return text, tuple(spans)
+
+    def _closed(self, text: str) -> str:
+        return text if self._eos and text.endswith(self._eos) else text + self._eos
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, config: DataConfig, row_or_text: str | Mapping[str, Any]
+) -> list[int]:
+    """Token ids of what generation starts from: a token prefix of the same row's training tokens.
+
+    Text counts as ``{"prompt": text}``. A row's answers may be absent; of a conversation that ends with an answer, the
+    turns before that answer. Raises DataError for what is no row.
+    """
+    from eulerforge.data.tokenize import RowTokenizer
+
+    given = {"prompt": row_or_text} if isinstance(row_or_text, str) else dict(row_or_text)
+    parser = RowParser({} if isinstance(row_or_text, str) else config.schema)
+    bad = BadRows()
+    row = parser.parse(SourceRow(parser.with_blank_answer(given), 0, "prompt"), bad)
+    bad.raise_if_any()
+    assert row is not None
+    return RowTokenizer(tokenizer).prompt(prompt_text(Renderer(config, tokenizer), row))
+
+
+def prompt_text(renderer: Renderer, row: Row) -> str:
+    """The text before the last answer of a row; all of a text row."""
+    if isinstance(row, TextRow):
+        return row.text
+    if isinstance(row, ProcessedRow):
+        raise DataError("a row of token ids has no text to start from", source=row.where)
+    turns = row.messages[:-1] if row.messages[-1].role == "assistant" else row.messages
+    try:
+        return renderer.prompt(turns, row.separator)
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise DataError(
+            f"the chat template refuses this prompt: {error}", key="data.template", hint=_NO_TEMPLATE_HINT
+        ) from error
+
+
+class _NotAPrefixError(Exception):
+    """The template breaks the rule that a prompt is a prefix of its training row."""
+
+
+def _fork(prompt: str, text: str) -> str:
+    """Where two texts part: a few characters of each."""
+    at = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text)))
+    low = max(0, at - 10)
+    return f"{prompt[low : at + 20]!r} in the prompt, {text[low : at + 20]!r} in the row"

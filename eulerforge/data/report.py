@@ -1,0 +1,68 @@
+"""What became of the rows: read, used, cut and dropped, and what training will see of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class PartReport:
+    """The rows of one part, training or validation, after tokenizing."""
+
+    files: tuple[str, ...]
+    rows_read: int
+    kinds: dict[str, int]
+    dropped: dict[str, int]
+    truncated: int
+
+    @property
+    def rows_usable(self) -> int:
+        return self.rows_read - sum(self.dropped.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {**attrs.asdict(self), "files": list(self.files), "rows_usable": self.rows_usable}
+
+
+@attrs.frozen(kw_only=True)
+class DataReport:
+    """``parts`` are what was read (the training files; the validation's own files if it has any).
+
+    ``cache`` is hit, built or off; ``notes`` are sentences that the user should read.
+    """
+
+    parts: tuple[PartReport, ...]
+    rendering: str
+    max_length: int
+    train_rows: int
+    train_tokens: int
+    train_label_tokens: int
+    validation_rows: int
+    validation_tokens: int
+    validation_label_tokens: int
+    cache: str
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The report as sentences; what was dropped or cut is always said."""
+        out = []
+        for part in self.parts:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in part.kinds.items())
+            out.append(f"{', '.join(part.files)}: {part.rows_read:,} rows read ({kinds}), {part.rows_usable:,} usable")
+            if part.truncated:
+                out.append(f"  {part.truncated:,} rows truncated to data.max_length = {self.max_length:,} tokens")
+            out += [f"  {count:,} rows dropped: {reason}" for reason, count in part.dropped.items() if count]
+        for name, rows, tokens, labels in (
+            ("training", self.train_rows, self.train_tokens, self.train_label_tokens),
+            ("validation", self.validation_rows, self.validation_tokens, self.validation_label_tokens),
+        ):
+            if rows:
+                share = f"{labels:,} trained on" if name == "training" else f"{labels:,} counted in the loss"
+                out.append(f"{name}: {rows:,} rows, {tokens:,} tokens, {share} ({labels / tokens:.0%})")
+        out.append(f"rendered with {self.rendering}; token cache: {self.cache}")
+        return out + list(self.notes)
+
+    def to_json(self) -> dict[str, Any]:
+        plain = attrs.asdict(self, recurse=False)
+        return {**plain, "parts": [part.to_json() for part in self.parts], "notes": list(self.notes)}

@@ -1,0 +1,52 @@
+"""pkg:// locations: found without importing the package, never outside of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from eulerforge.config.location import resolve_location
+from eulerforge.errors import UsageError
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An importable package that must not be imported."""
+    folder = tmp_path / "some_rows"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (folder / "data" / "rows.jsonl").write_text("{}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder
+
+
+def test_a_package_file_is_found_without_import(package: Path) -> None:
+    assert resolve_location("pkg://some_rows/data/rows.jsonl") == package / "data" / "rows.jsonl"
+    assert "some_rows" not in sys.modules
+
+
+def test_a_plain_path_is_only_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert resolve_location("~/rows.jsonl") == Path("/home/somebody/rows.jsonl")
+    assert resolve_location("not/there") == Path("not/there")
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("pkg://absent_rows/a.jsonl", "not installed", "pip install absent-rows"),
+        ("pkg://some_rows/data/row.jsonl", "has no file data/row.jsonl", "did you mean rows.jsonl?"),
+        ("pkg://some_rows/other/rows.jsonl", "has no file", "there is no folder other"),
+        ("pkg://some_rows/../secret", "outside", "without .."),
+        ("pkg://some_rows//etc/passwd", "outside", "inside the package"),
+        ("pkg://some_rows", "is not a package location", "pkg://package/"),
+        ("pkg://some.rows/a", "is not a package location", "pkg://package/"),
+        ("pkg:///a", "is not a package location", "pkg://package/"),
+    ],
+)
+def test_what_is_wrong_is_said(package: Path, text: str, message: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=message.replace(".", r"\.")) as caught:
+        resolve_location(text)
+    assert hint in str(caught.value.problems[0].hint)

@@ -1,0 +1,164 @@
+"""Row kinds: what each becomes, and that every wrong one is named by file, line and key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from eulerforge.data.read import BadRows, SourceRow
+from eulerforge.data.rows import ChatRow, Message, ProcessedRow, Row, RowParser, TextRow
+from eulerforge.errors import ConfigError
+
+
+def parse(data: dict[str, Any], schema: dict[str, str] | None = None, **keys: Any) -> tuple[Row | None, BadRows]:
+    bad = BadRows()
+    return RowParser(schema or {}, **keys).parse(SourceRow(data, 7, "rows.jsonl:7"), bad), bad
+
+
+def turns(*pairs: tuple[str, str]) -> tuple[Message, ...]:
+    return tuple(Message(role, content) for role, content in pairs)
+
+
+@pytest.mark.parametrize(
+    ("data", "messages", "separator"),
+    [
+        ({"prompt": "p", "response": "r"}, [("user", "p"), ("assistant", "r")], ""),
+        ({"prompt": "", "response": "r"}, [("user", ""), ("assistant", "r")], ""),
+        ({"instruction": "do", "input": "this", "output": "done"}, [("user", "do\n\nthis"), ("assistant", "done")], 0),
+        ({"instruction": "do", "input": "", "output": "done"}, [("user", "do"), ("assistant", "done")], 0),
+        ({"instruction": "do", "input": None, "output": "done"}, [("user", "do"), ("assistant", "done")], 0),
+        ({"instruction": "do", "output": "done"}, [("user", "do"), ("assistant", "done")], 0),
+        (
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u", "name": "x"},
+                          {"role": "assistant", "content": "a"}]},
+            [("system", "s"), ("user", "u"), ("assistant", "a")],
+            0,
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+            [("user", "u"), ("assistant", "a")],
+            0,
+        ),
+    ],
+)  # fmt: skip
+def test_chat_kinds(data: dict[str, Any], messages: list[tuple[str, str]], separator: str | int) -> None:
+    row, bad = parse(data)
+    assert not bad.problems
+    assert isinstance(row, ChatRow)
+    assert row.messages == turns(*messages)
+    assert row.separator == ("\n\n" if separator == 0 else separator)
+
+
+def test_text() -> None:
+    row, _ = parse({"text": " as it is\n", "id": 3})
+    assert isinstance(row, TextRow)
+    assert row.text == " as it is\n"
+
+
+def test_schema_maps_columns() -> None:
+    row, _ = parse({"question": "q", "answer": "a", "prompt": 5}, {"prompt": "question", "response": "answer"})
+    assert isinstance(row, ChatRow)
+    assert row.messages == turns(("user", "q"), ("assistant", "a"))
+    row, _ = parse(
+        {"dialog": [{"who": "user", "says": "q"}, {"who": "assistant", "says": "a"}]},
+        {"messages": "dialog", "role": "who", "content": "says"},
+    )
+    assert isinstance(row, ChatRow)
+    assert row.messages == turns(("user", "q"), ("assistant", "a"))
+
+
+def test_an_unknown_schema_key_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RowParser({"promt": "question"})
+    assert caught.value.problems[0].key == "data.schema.promt"
+    assert caught.value.problems[0].hint == "did you mean prompt?"
+
+
+USER = {"role": "user", "content": "u"}
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "message"),
+    [
+        ({"prompt": 1, "response": "r"}, "prompt", "must be a string, not a number"),
+        ({"prompt": "p", "response": None}, "response", "must be a string, not null"),
+        ({"prompt": "p", "response": ["r"]}, "response", "must be a string, not an array"),
+        ({"prompt": "p", "response": " \n"}, "response", "is empty"),
+        ({"prompt": "p"}, "response", "is missing"),
+        ({"response": "p"}, "prompt", "is missing"),
+        ({"instruction": "p"}, "output", "is missing"),
+        ({"instruction": "p", "input": 3, "output": "x"}, "input", "must be a string, not a number"),
+        ({"instruction": "", "output": "x"}, "instruction", "is empty"),
+        ({"text": {}}, "text", "must be a string, not an object"),
+        ({"text": ""}, "text", "is empty"),
+        ({"text": "a\ud800b"}, "text", "surrogate"),
+        ({"messages": "hi"}, "messages", "must be an array of turns, not a string"),
+        ({"messages": []}, "messages", "no assistant turn"),
+        ({"messages": [USER]}, "messages", "no assistant turn"),
+        ({"messages": [USER, "x"]}, "messages[1]", "must be an object, not a string"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content", "content is missing"),
+        ({"messages": [USER, {"content": "x"}]}, "messages[1].role", "role is missing"),
+        ({"messages": [USER, {"role": "asistant", "content": "x"}]}, "messages[1].role", "unknown role 'asistant'"),
+        ({"messages": [USER, {"role": 1, "content": "x"}]}, "messages[1].role", "must be a string, not a number"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content", "not null"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content", "is empty"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "unknown role 'robot'"),
+        ({"q": "a"}, None, "no known row kind; it has q"),
+        ({}, None, "it has no keys"),
+        ({"input_ids": [1], "labels": [1]}, "input_ids", "the row holds token ids"),
+    ],
+)
+def test_wrong_rows_are_named(data: dict[str, Any], key: str | None, message: str) -> None:
+    row, bad = parse(data)
+    assert row is None
+    (problem,) = bad.problems
+    assert problem.source == "rows.jsonl:7"
+    assert problem.key == key
+    assert message in problem.message
+
+
+def test_a_wrong_column_is_named_as_in_the_file() -> None:
+    _, bad = parse({"question": 1, "answer": "a"}, {"prompt": "question", "response": "answer"})
+    assert bad.problems[0].key == "question"
+    _, bad = parse({"prompt": "p", "completion": "a"})
+    assert "--set data.schema.response=COLUMN" in str(bad.problems[0].hint)
+    assert "completion" in str(bad.problems[0].hint)
+
+
+class TestProcessed:
+    def parse(self, data: dict[str, Any]) -> tuple[Row | None, BadRows]:
+        return parse(data, processed=True, vocabulary=10)
+
+    def test_mask_comes_from_labels(self) -> None:
+        row, _ = self.parse({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]})
+        assert isinstance(row, ProcessedRow)
+        assert (row.input_ids, row.labelled) == ((1, 2, 3), (False, True, True))
+
+    def test_padding_at_the_end_is_cut(self) -> None:
+        row, _ = self.parse({"input_ids": [1, 2, 0], "labels": [-100, 2, -100], "attention_mask": [1, 1, 0]})
+        assert isinstance(row, ProcessedRow)
+        assert row.input_ids == (1, 2)
+
+    @pytest.mark.parametrize(
+        ("data", "key", "message"),
+        [
+            ({"labels": [1]}, "input_ids", "is missing"),
+            ({"input_ids": [1]}, "labels", "is missing"),
+            ({"input_ids": [], "labels": []}, "input_ids", "is empty"),
+            ({"input_ids": "1", "labels": [1]}, "input_ids", "must be an array of integers, not a string"),
+            ({"input_ids": [1, 2], "labels": [1]}, "labels", "has 1 values, input_ids has 2"),
+            ({"input_ids": [1, 10], "labels": [1, 10]}, "input_ids[1]", "10 is no token id: 0 to 9"),
+            ({"input_ids": [-1], "labels": [-100]}, "input_ids[0]", "-1 is no token id"),
+            ({"input_ids": [1, True], "labels": [1, 1]}, "input_ids[1]", "must be an integer, not true or false"),
+            ({"input_ids": [1, 2.0], "labels": [1, 2]}, "input_ids[1]", "must be an integer, not a number"),
+            ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "labels[0]", "2 is neither -100"),
+            ({"input_ids": [1], "labels": [1], "attention_mask": [1, 1]}, "attention_mask", "2 values for 1 tokens"),
+            ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [0, 1]}, "attention_mask", "ones, then zeros"),
+        ],
+    )
+    def test_wrong_rows_are_named(self, data: dict[str, Any], key: str, message: str) -> None:
+        row, bad = self.parse(data)
+        assert row is None
+        assert (bad.problems[0].source, bad.problems[0].key) == ("rows.jsonl:7", key)
+        assert message in bad.problems[0].message
