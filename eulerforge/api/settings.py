@@ -26,6 +26,7 @@ class SettingInfo:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
+    single: bool = False
 
 
 def setting(
@@ -38,9 +39,13 @@ def setting(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    single: bool = False,
 ) -> Any:
-    """A configuration key with its help text and constraints; without ``default`` the key must be given."""
-    info = SettingInfo(help=help, choices=tuple(choices), ge=ge, gt=gt, le=le, lt=lt)
+    """A configuration key with its help text and constraints; without ``default`` the key must be given.
+
+    With ``single`` a list key also takes one value that is not in a list.
+    """
+    info = SettingInfo(help=help, choices=tuple(choices), ge=ge, gt=gt, le=le, lt=lt, single=single)
     if factory is not None:
         return attrs.field(factory=factory, metadata={METADATA_KEY: info})
     return attrs.field(default=default, metadata={METADATA_KEY: info})

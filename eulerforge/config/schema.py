@@ -46,7 +46,7 @@ class ValidationConfig:
 
     size: int | None = setting(None, ge=1, help="Number of rows held out from data.path")
     fraction: float | None = setting(None, gt=0, lt=1, help="Share of the rows held out from data.path")
-    path: tuple[str, ...] = setting((), help="Files of their own with the held-out rows")
+    path: tuple[str, ...] = setting((), single=True, help="Files of their own with the held-out rows")
     seed: int = setting(0, ge=0, help="Which rows are held out")
 
     def check(self) -> Iterable[Problem]:
@@ -61,7 +61,9 @@ class DataConfig:
 
     format: str = setting("raw", choices=("raw", "processed"), help="raw rows, or rows of input_ids and labels")
     task: str = setting("sft", choices=("sft",), help="What is trained: supervised fine-tuning")
-    path: tuple[str, ...] = setting((), help="JSON Lines files: a path, or pkg://package/file; a list is read in order")
+    path: tuple[str, ...] = setting(
+        (), single=True, help="JSON Lines files: a path, or pkg://package/file; a list is read in order"
+    )
     max_length: int = setting(512, ge=2, help="Tokens of a row at most")
     template: str = setting(
         "auto", choices=("auto", "chat", "none"), help="auto: the tokenizer's chat template when it has one; none: plain"

@@ -1,0 +1,54 @@
+"""What can be said of a run's phases without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from eulerforge.config.schema import TrainingConfig
+from eulerforge.config.suggest import nearest
+from eulerforge.errors import Problem
+
+
+def phase_problems(
+    training: TrainingConfig, *, strategy: str, own: Collection[str], offered: Collection[str]
+) -> tuple[list[Problem], list[Problem]]:
+    """Errors and warnings about ``training.phases``.
+
+    Args:
+        strategy: its name, for the message.
+        own: the groups that the strategy's parameters fall into.
+        offered: the groups that the installed resolvers offer.
+    """
+    errors: list[Problem] = []
+    warnings: list[Problem] = []
+    last = -1
+    for index, phase in enumerate(training.phases):
+        key = f"training.phases.{index}"
+        if index == 0 and phase.step != 0:
+            errors.append(Problem(key=f"{key}.step", message="the first phase must start at step 0"))
+        elif phase.step <= last:
+            errors.append(Problem(key=f"{key}.step", message=f"the steps of phases must increase, {phase.step} does not"))
+        last = phase.step
+        if training.max_train_steps is not None and phase.step >= training.max_train_steps:
+            warnings.append(
+                Problem(key=f"{key}.step", message=f"the phase never begins: the run ends at {training.max_train_steps}")
+            )
+        if not phase.trainable:
+            errors.append(
+                Problem(key=f"{key}.trainable", message="No trainable parameters: the phase names no group")
+            )
+        for group in phase.trainable:
+            if group not in own and group not in offered:
+                near = nearest(group, [*own, *offered])
+                known = ", ".join(sorted({*own, *offered}))
+                hint = f"did you mean {near}?" if near else f"known groups: {known}"
+                errors.append(Problem(key=f"{key}.trainable", message=f"there is no group {group!r}", hint=hint))
+            elif group == "router" and group not in own:
+                warnings.append(
+                    Problem(
+                        key=f"{key}.trainable",
+                        message=f"{strategy} typically has no router params",
+                        hint="take router out of trainable, unless the base has experts",
+                    )
+                )
+    return errors, warnings

@@ -1,0 +1,207 @@
+"""From a tree to attrs objects, strictly: nothing is converted that the writer did not mean, nothing passes unknown.
+
+cattrs structures the leaves with hooks that refuse every silent conversion; the walk over the classes is ours, because
+all problems are wanted at once, each with its dotted key.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import cattrs
+
+from eulerforge.api.settings import setting_info
+from eulerforge.config.suggest import nearest
+from eulerforge.errors import Problem
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+class _WrongType(Exception):
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, bool):
+        return f"{str(value).lower()}"
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    return "a table" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
+
+
+def _strict(kind: type) -> Callable[[Any, type], Any]:
+    def hook(value: Any, _: type) -> Any:
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not kind:
+            raise _WrongType(f"{_KINDS[kind]} is wanted, not {_describe(value)}")
+        return value
+
+    return hook
+
+
+def _sequence_hook(kind: Any) -> Callable[[Any, Any], tuple[Any, ...]]:
+    item = typing.get_args(kind)[0]
+
+    def hook(value: Any, _: Any) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)):
+            wanted = f'["{value}"]' if isinstance(value, str) else "[...]"
+            raise _WrongType(f"a list is wanted, not {_describe(value)}", hint=f"write {wanted}")
+        return tuple(_CONVERTER.structure(entry, item) for entry in value)
+
+    return hook
+
+
+def _mapping_hook(kind: Any) -> Callable[[Any, Any], dict[str, Any]]:
+    item = typing.get_args(kind)[1]
+
+    def hook(value: Any, _: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise _WrongType(f"a table is wanted, not {_describe(value)}")
+        return {name: _CONVERTER.structure(entry, item) for name, entry in value.items()}
+
+    return hook
+
+
+_CONVERTER = cattrs.Converter(detailed_validation=False)
+for _kind in _KINDS:
+    _CONVERTER.register_structure_hook(_kind, _strict(_kind))
+_CONVERTER.register_structure_hook_factory(lambda kind: typing.get_origin(kind) is tuple, _sequence_hook)
+_CONVERTER.register_structure_hook_factory(lambda kind: typing.get_origin(kind) is Mapping, _mapping_hook)
+
+
+def leaf_keys(config_class: type, prefix: str = "") -> list[str]:
+    """The dotted keys of every value below a config class."""
+    keys: list[str] = []
+    for attribute in attrs.fields(attrs.resolve_types(config_class)):
+        if attrs.has(attribute.type):
+            keys += leaf_keys(attribute.type, f"{prefix}{attribute.name}.")
+        else:
+            keys.append(prefix + attribute.name)
+    return keys
+
+
+class Structurer:
+    """Collects every problem of one tree.
+
+    ``known`` are all dotted keys, for hints across sections, ``sections`` the names at the top.
+
+    ``problems`` hold dotted keys without sources: the caller knows where each key was written.
+    """
+
+    def __init__(self, known: list[str], sections: set[str]) -> None:
+        self.known = known
+        self.sections = sections
+        self.problems: list[Problem] = []
+
+    def structure(self, config_class: type, tree: Any, prefix: str = "") -> Any:
+        """An instance of ``config_class``, or None when something below it is wrong."""
+        if not isinstance(tree, dict):
+            self._add(prefix.rstrip("."), f"a table is wanted, not {_describe(tree)}")
+            return None
+        fields = {attribute.name: attribute for attribute in attrs.fields(attrs.resolve_types(config_class))}
+        before = len(self.problems)
+        for name in tree:
+            if name not in fields:
+                self._unknown(prefix + name, name, fields)
+        values: dict[str, Any] = {}
+        for name, attribute in fields.items():
+            if name in tree:
+                values[name] = self._value(attribute, tree[name], prefix + name)
+            elif attribute.default is attrs.NOTHING:
+                self._add(prefix + name, "the key is required", f"--set {prefix}{name}=...")
+        if len(self.problems) > before:
+            return None
+        return self._checked(config_class(**values), prefix)
+
+    def _checked(self, instance: Any, prefix: str) -> Any:
+        check = getattr(instance, "check", None)
+        for problem in check() if callable(check) else ():
+            self.problems.append(attrs.evolve(problem, key=prefix + problem.key if problem.key else prefix.rstrip(".")))
+        return instance
+
+    def _value(self, attribute: attrs.Attribute[Any], value: Any, key: str) -> Any:
+        kind = attribute.type
+        if attrs.has(kind):
+            return self.structure(kind, value, key + ".")  # type: ignore[arg-type]
+        item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+        if item is not None and attrs.has(item):
+            if not isinstance(value, list):
+                self._add(key, f"a list of tables is wanted, not {_describe(value)}")
+                return None
+            return tuple(self.structure(item, entry, f"{key}.{index}.") for index, entry in enumerate(value))
+        if setting_info(attribute).single and not isinstance(value, list):
+            value = [value]
+        try:
+            result = self._leaf(kind, value)
+        except _WrongType as error:
+            self._add(key, str(error), error.hint)
+            return None
+        self._bounds(attribute, result, key)
+        return result
+
+    @staticmethod
+    def _leaf(kind: Any, value: Any) -> Any:
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            options = [option for option in typing.get_args(kind) if option is not type(None)]
+            return None if value is None else _CONVERTER.structure(value, options[0])
+        if value is None:
+            raise _WrongType("a value is wanted, not null")
+        return _CONVERTER.structure(value, kind)
+
+    def _bounds(self, attribute: attrs.Attribute[Any], value: Any, key: str) -> None:
+        info = setting_info(attribute)
+        if value is None:
+            return
+        if info.choices and value not in info.choices:
+            near = nearest(str(value), map(str, info.choices))
+            allowed = ", ".join(map(str, info.choices))
+            hint = f"did you mean {near}? allowed: {allowed}" if near else f"allowed: {allowed}"
+            self._add(key, f"{value!r} is not allowed", hint)
+        if isinstance(value, float) and not math.isfinite(value):
+            self._add(key, f"the number must be finite, not {value}")
+            return
+        for name, sign, holds in (
+            ("ge", ">=", lambda bound: value >= bound),
+            ("gt", ">", lambda bound: value > bound),
+            ("le", "<=", lambda bound: value <= bound),
+            ("lt", "<", lambda bound: value < bound),
+        ):
+            bound = getattr(info, name)
+            if bound is not None and not holds(bound):
+                self._add(key, f"{value} is out of range", f"{key} must be {sign} {bound:g}")
+
+    def _unknown(self, key: str, name: str, siblings: Mapping[str, Any]) -> None:
+        near = nearest(name, self.sections if key == name else siblings)
+        if near is not None:
+            hint = f"did you mean {key.removesuffix(name)}{near}?"
+        else:
+            by_leaf = {known.rpartition(".")[2]: known for known in reversed(self.known)}
+            elsewhere = by_leaf.get(nearest(name, by_leaf) or "")
+            hint = f"did you mean {elsewhere}?" if elsewhere else f"known keys here: {', '.join(siblings)}"
+        self._add(key, f"unknown key {name!r}", hint)
+
+    def _add(self, key: str, message: str, hint: str | None = None) -> None:
+        self.problems.append(Problem(message=message, hint=hint, key=key or None))
+
+
+def as_tree(instance: Any) -> dict[str, Any]:
+    """Nested dicts and lists of a config object; keys whose value is None are left out."""
+
+    def plain(value: Any) -> Any:
+        if attrs.has(type(value)):
+            return as_tree(value)
+        if isinstance(value, Mapping):
+            return dict(value)
+        return [plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+    fields = attrs.fields(type(instance))
+    pairs = ((attribute.name, getattr(instance, attribute.name)) for attribute in fields)
+    return {name: plain(value) for name, value in pairs if value is not None}
