@@ -1,0 +1,80 @@
+"""``eulerforge export RUN --format merged|peft``: what a run learnt, in a form that other tools read.
+
+``eulerforge merge`` is the short form for the merged Hugging Face folder and runs through the same function.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+FORMATS = ("merged", "peft")
+DTYPES = ("auto", "fp32", "fp16", "bf16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``export``."""
+    parser.description = "Write what a run learnt as a merged Hugging Face folder or as a PEFT adapter."
+    parser.add_argument("--format", required=True, choices=FORMATS, help="merged: a plain model; peft: the adapters")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    add_shared_arguments(parser)
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that ``export`` and ``merge`` share."""
+    from eulerforge.cli.plugin_options import add_plugin_options
+
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint in it")
+    parser.add_argument("--checkpoint", type=int, metavar="N", help="the step to take (default: final)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the merged weights (default: the base files' own)"
+    )
+    parser.add_argument("--device", default="cpu", help="where the base is loaded (default: cpu)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--no-verify", action="store_true", help="do not reopen the merged folder with transformers")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_plugin_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the export and say where it is."""
+    return write(args, format=args.format, output=args.output)
+
+
+def write(args: argparse.Namespace, *, format: str, output: Path | None) -> int:
+    """Open the run and write it, by default to ``merged`` in the run's folder; both commands end here.
+
+    Raises:
+        UsageError: the options don't fit the format, or the output cannot be written to.
+        EulerForgeError: the run cannot be opened.
+    """
+    from eulerforge.cli.output import emit_json, say, warn
+    from eulerforge.cli.plugin_options import registry_from
+    from eulerforge.errors import UsageError
+
+    if format == "peft" and args.dtype != "auto":
+        raise UsageError("--dtype is for --format merged; a PEFT adapter is fp32", hint="leave --dtype out")
+    registry = registry_from(args)
+
+    from eulerforge.export.merged import refuse_existing, write_merged
+    from eulerforge.export.peft_adapter import write_peft
+    from eulerforge.export.rundir import locate, open_run
+
+    output = output or locate(args.run, args.checkpoint).folder / "merged"
+    refuse_existing(output, overwrite=args.overwrite)  # before minutes are spent on loading
+    opened = open_run(args.run, registry=registry, device=args.device, checkpoint=args.checkpoint, say=say)
+    for line in (*opened.location.notes, *opened.warnings):
+        warn(line)
+    if format == "peft":
+        written = write_peft(opened, output, overwrite=args.overwrite)
+    else:
+        dtype = None if args.dtype == "auto" else args.dtype
+        written = write_merged(opened, output, dtype=dtype, overwrite=args.overwrite, verify=not args.no_verify)
+    if args.json:
+        emit_json(written.to_json())
+    else:
+        what = "adapter tensors" if format == "peft" else "of the base's tensors replaced"
+        size = f"{written.size / 2**20:,.1f} MiB"
+        print(f"{written.folder}: {opened.checkpoint.name}, {len(written.tensors):,} {what}, {size}")
+    return 0

@@ -1,0 +1,185 @@
+"""How good a trained run is on rows that it has not seen, beside its own base on the same rows.
+
+The adapters are merged first, so that what is measured is the plain dense model that an export holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from eulerforge.config.cachedir import cache_root
+from eulerforge.config.schema import DataConfig, ValidationConfig
+from eulerforge.data.prepared import build_dataset
+from eulerforge.data.render import render_prompt
+from eulerforge.data.tokenized import TokenizedRows
+from eulerforge.errors import UsageError
+from eulerforge.evaluation.samples import Answer, generate_answers
+from eulerforge.export.rundir import OpenBase, attach, locate, open_base
+from eulerforge.lora.merge import merge_in_place
+from eulerforge.models.device import DTYPE_NAMES
+from eulerforge.models.linear_ops import linear_ops_from
+from eulerforge.training.evaluate import Evaluation, held_out_loss
+
+if TYPE_CHECKING:
+    from eulerforge.plugins import Registry
+
+Say = Callable[[str], None]
+
+
+@attrs.frozen(kw_only=True)
+class Scores:
+    """Mean loss per trained token in nats, its exponential, and real tokens read per second."""
+
+    loss: float
+    perplexity: float
+    tokens_per_second: float
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> Scores:
+        speed = evaluation.tokens / evaluation.seconds if evaluation.seconds else 0.0
+        return cls(loss=evaluation.loss, perplexity=evaluation.perplexity, tokens_per_second=speed)
+
+
+@attrs.frozen(kw_only=True)
+class Sample:
+    """One prompt with the base's and the tuned model's answer; ``reference`` is the row's own, where there is one."""
+
+    prompt: str
+    base: str
+    tuned: str
+    reference: str | None
+
+
+@attrs.frozen(kw_only=True)
+class BenchReport:
+    """``mode`` is merged or live; ``gain`` is the part of the base's loss that is gone."""
+
+    run: str
+    checkpoint: str
+    step: int
+    mode: str
+    device: str
+    dtype: str
+    rows: int
+    label_tokens: int
+    base: Scores
+    tuned: Scores
+    samples: tuple[Sample, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def gain(self) -> float:
+        return 1 - self.tuned.loss / self.base.loss if self.base.loss else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**attrs.asdict(self), "gain": self.gain}
+
+
+@attrs.frozen(kw_only=True)
+class BenchRequest:
+    """What ``bench`` is asked for; ``data`` replaces the run's held-out rows."""
+
+    path: Path
+    checkpoint: int | None = None
+    live: bool = False
+    samples: int | None = None
+    prompts: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    device: str | None = None
+
+
+def run_bench(request: BenchRequest, *, registry: Registry, say: Say) -> BenchReport:
+    """Measure the base, load the adapters into it, merge them, and measure again.
+
+    Raises:
+        UsageError: the run holds out no rows and none are given.
+        EulerForgeError: the run cannot be opened.
+    """
+    location = locate(request.path, request.checkpoint, say=say)
+    for note in location.notes:
+        say(f"note: {note}")
+    base = open_base(location, registry=registry, device=request.device, say=say)
+    rows = held_out_rows(base, request.data)
+    settings = base.run.evaluation
+    count = settings.samples if request.samples is None else request.samples
+    own_prompts = request.prompts or settings.prompts
+    chosen = range(min(count, len(rows)))
+    prompts: list[Sequence[int]] = [render_prompt(base.tokenizer, base.run.data, text) for text in own_prompts]
+    prompts += [rows.prompt(index).tolist() for index in chosen]
+    references = [None] * len(own_prompts) + [_reference(base.tokenizer, rows, index) for index in chosen]
+    limit = request.max_new_tokens or settings.max_new_tokens
+
+    say(f"measuring the base on {len(rows):,} held-out rows")
+    before, base_answers = _measure(base, rows, prompts, limit)
+    run = attach(base, registry)
+    for warning in run.warnings:
+        say(f"warning: {warning}")
+    if not request.live:
+        merge_in_place(run.model, linear_ops_from(registry))
+    say(f"measuring {location.checkpoint.name}, {'adapters on' if request.live else 'merged'}")
+    after, tuned_answers = _measure(run, rows, prompts, limit)
+    return BenchReport(
+        run=str(location.folder),
+        checkpoint=location.checkpoint.name,
+        step=location.state.step,
+        mode="live" if request.live else "merged",
+        device=str(base.device),
+        dtype=DTYPE_NAMES.get(base.dtype, str(base.dtype)),
+        rows=len(rows),
+        label_tokens=after.label_tokens,
+        base=Scores.of(before),
+        tuned=Scores.of(after),
+        samples=tuple(
+            Sample(prompt=old.prompt, base=old.text, tuned=new.text, reference=reference)
+            for old, new, reference in zip(base_answers, tuned_answers, references, strict=True)
+        ),
+        notes=location.notes,
+    )
+
+
+def held_out_rows(base: OpenBase, data: tuple[str, ...] = ()) -> TokenizedRows:
+    """The rows that the run held out, made as the training made them, or those of other files.
+
+    Raises:
+        UsageError: the run held nothing out.
+        DataError: a file or a row is wrong.
+    """
+    config: DataConfig = base.run.data
+    if data:
+        config = attrs.evolve(config, path=data, validation=ValidationConfig(), max_rows=None)
+        return build_dataset(config, base.tokenizer, seed=base.run.seed, cache_dir=cache_root()).train
+    rows = build_dataset(config, base.tokenizer, seed=base.run.seed, cache_dir=cache_root()).validation
+    if rows is None or not len(rows):
+        raise UsageError(
+            "the run held no rows out", key="data.validation", hint="give rows that it has not seen with --data FILE"
+        )
+    return rows
+
+
+def _measure(
+    opened: OpenBase, rows: TokenizedRows, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[Evaluation, list[Answer]]:
+    settings = opened.run
+    evaluation = held_out_loss(
+        opened.model,
+        rows,
+        batch_size=settings.evaluation.batch_size or settings.training.batch_size,
+        pad_id=pad_id(opened.tokenizer),
+        device=opened.device,
+    )
+    return evaluation, generate_answers(opened.model, opened.tokenizer, prompts, max_new_tokens=max_new_tokens)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills a row; masked everywhere, so any valid one does."""
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
+
+
+def _reference(tokenizer: Any, rows: TokenizedRows, index: int) -> str:
+    ids, labelled = rows.row(index)
+    return str(tokenizer.decode(ids[labelled.astype(bool)].tolist(), skip_special_tokens=True)).strip()

@@ -1,0 +1,259 @@
+"""The merged model as a plain Hugging Face folder: a copy of the base folder with the changed tensors replaced.
+
+Nothing passes through ``save_pretrained``, so configuration, sharding, dtype and all that the text model does not use
+(a vision tower, prediction heads) stay what they were.
+A merged weight starts from the base file's own value in fp32, gets the adapter's delta, and is cast once; in which
+precision the run had loaded its base does not matter.
+One shard is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import eulerforge
+from eulerforge.config.atomic import staged_folder
+from eulerforge.errors import ModelError, RunError, UsageError
+from eulerforge.export.basefiles import INDEX, BaseFiles, other_files, read_base_files
+from eulerforge.export.rundir import TrainedRun
+from eulerforge.lora.adapted import AdaptedLinear
+from eulerforge.lora.wrap import adapted_modules
+from eulerforge.models.device import DTYPE_NAMES, DTYPES
+
+RECEIPT = "eulerforge_export.json"
+DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 and what older tools wrote
+
+
+@attrs.frozen(kw_only=True)
+class Change:
+    """What becomes of one tensor of the files: ``value`` in place of the file's own, then ``adapter`` on top of it."""
+
+    live: str
+    value: torch.Tensor | None = None
+    adapter: AdaptedLinear | None = None
+
+    def apply(self, base: torch.Tensor) -> torch.Tensor:
+        """The new tensor in fp32, for the tensor in the file."""
+        start = (base if self.value is None else self.value).float().cpu()
+        if start.shape != base.shape:
+            raise ModelError(
+                f"{self.live} is {tuple(start.shape)} in the run and {tuple(base.shape)} in the base's files"
+            )
+        merged = start if self.adapter is None else self.adapter.merged_weight(start).cpu()
+        if merged.shape != base.shape:
+            raise ModelError(
+                f"{self.live}: the adapter gives {tuple(merged.shape)}, the file holds {tuple(base.shape)}"
+            )
+        return merged
+
+
+@attrs.frozen(kw_only=True)
+class Written:
+    """What an export wrote."""
+
+    folder: Path
+    format: str
+    dtype: str
+    tensors: tuple[str, ...]
+    files: tuple[str, ...]
+    size: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**attrs.asdict(self), "folder": str(self.folder), "tensors": len(self.tensors)}
+
+
+@torch.no_grad()
+def write_merged(
+    run: TrainedRun, out: Path, *, dtype: str | None = None, overwrite: bool = False, verify: bool = True
+) -> Written:
+    """Write the merged model as a Hugging Face folder that plain transformers loads.
+
+    Args:
+        dtype: ``fp32``, ``fp16`` or ``bf16`` for every floating-point tensor; None keeps each tensor's own.
+        overwrite: ``out`` may be an earlier export.
+        verify: reopen the folder with transformers before it appears under its name.
+
+    Raises:
+        UsageError: ``out`` cannot be written to, or the dtype is not known.
+        ModelError: the base has no safetensors, or lacks a tensor that training changed.
+        RunError: a merged value is not finite in the wanted dtype, or the folder does not load.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"{dtype!r} is no dtype for an export", hint=f"use one of {', '.join(DTYPES)}")
+    check_destination(out, run, overwrite=overwrite)
+    base = read_base_files(run.source.folder)
+    _refuse_quantized(base.folder)
+    changes = {base.name_of(change.live): change for change in changes_of(run)}
+    target = None if dtype is None else DTYPES[dtype]
+    with staged_folder(out, replace=out.is_dir()) as staging:
+        size = sum(_write_shard(base, file, changes, target, staging) for file in base.files)
+        if base.index is not None:
+            _write_index(base.index, size, staging)
+        _copy_others(base.folder, staging, target)
+        receipt = _receipt(run, dtype, sorted(changes))
+        (staging / RECEIPT).write_text(json.dumps(receipt, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if verify:
+            verify_loads(staging, trust_remote_code=run.run.model.trust_remote_code)
+        files = tuple(sorted(path.name for path in staging.iterdir()))
+    return Written(
+        folder=out, format="merged", dtype=receipt["dtype"], tensors=tuple(sorted(changes)), files=files, size=size
+    )
+
+
+def changes_of(run: TrainedRun) -> list[Change]:
+    """Every base tensor that the run changed, by its name in the live, unwrapped model."""
+    values = dict(run.trained_base)
+    found = []
+    for path, module in adapted_modules(run.model):
+        name = f"{path}.weight"
+        found.append(Change(live=name, value=values.pop(name, None), adapter=module))
+    return found + [Change(live=name, value=value) for name, value in values.items()]
+
+
+def check_destination(out: Path, run: TrainedRun, *, overwrite: bool) -> None:
+    """Refuse a destination that would destroy something.
+
+    Raises:
+        UsageError: ``out`` exists and may not be replaced, or is or holds the base's or the run's own folder.
+    """
+    where = out.resolve()
+    base = run.source.folder.resolve()
+    if where == base or base.is_relative_to(where) or where.is_relative_to(base):
+        raise UsageError(f"{out} and the base model's folder {base} overlap", hint="choose another --output")
+    if run.folder.resolve().is_relative_to(where) or where.is_relative_to(run.checkpoint.resolve()):
+        raise UsageError(f"{out} would replace a part of the run {run.folder}", hint="choose another --output")
+    refuse_existing(out, overwrite=overwrite)
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Refuse a destination that exists, unless it is empty, or an earlier export that may be overwritten.
+
+    Raises:
+        UsageError: it may not be replaced.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file", hint="choose another --output")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{out} exists already", hint="give --overwrite, or another --output")
+    if not (out / RECEIPT).is_file():
+        raise UsageError(
+            f"{out} is no export of ours (it has no {RECEIPT}), so it is not overwritten",
+            hint="choose another --output, or delete the folder yourself",
+        )
+
+
+def verify_loads(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Load the folder with plain transformers and refuse one that lacks weights.
+
+    Raises:
+        RunError: transformers cannot load it, or would start some tensors as random numbers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        _, info = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers and safetensors raise every kind
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"the export does not load: {first}", hint="--no-verify writes it all the same") from error
+    wrong = sorted(info["missing_keys"]) + sorted(str(item[0]) for item in info["mismatched_keys"])
+    if wrong:
+        raise RunError(f"the export lacks {len(wrong)} tensors, {wrong[0]} first", hint="the base folder is incomplete")
+
+
+def _write_shard(
+    base: BaseFiles, name: str, changes: Mapping[str, Change], target: torch.dtype | None, staging: Path
+) -> int:
+    """Write one shard with its changed tensors replaced; give back the bytes of its tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    with safe_open(base.folder / name, framework="pt") as file:
+        metadata = dict(file.metadata() or {}) | {"format": "pt"}
+        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            tensor = file.get_tensor(key)
+            if key in changes or (target is not None and tensor.is_floating_point()):
+                tensor = _cast(key, tensor, changes.get(key), target)
+            tensors[key] = tensor
+        save_file(tensors, staging / name, metadata=metadata)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _cast(key: str, tensor: torch.Tensor, change: Change | None, target: torch.dtype | None) -> torch.Tensor:
+    dtype = tensor.dtype if target is None else target
+    if dtype not in DTYPE_NAMES and dtype != torch.float64:
+        raise ModelError(
+            f"{key} is stored as {str(tensor.dtype).removeprefix('torch.')}, which a merge cannot write",
+            hint="give a base in fp32, fp16 or bf16",
+        )
+    new = (tensor if change is None else change.apply(tensor)).to(dtype)
+    if not torch.isfinite(new).all():
+        raise RunError(
+            f"{key} is not finite as {DTYPE_NAMES.get(dtype, dtype)} after the merge",
+            hint="give --dtype fp32 or bf16, or look at the run's loss: the training may have diverged",
+        )
+    return new.contiguous()
+
+
+def _write_index(index: Mapping[str, Any], size: int, staging: Path) -> None:
+    new = {**index, "metadata": {**index.get("metadata", {}), "total_size": size}}
+    (staging / INDEX).write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_others(folder: Path, staging: Path, target: torch.dtype | None) -> None:
+    for relative in other_files(folder):
+        if relative.name == RECEIPT:
+            continue
+        (staging / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / relative, staging / relative)
+    if target is not None:
+        _set_config_dtype(staging / "config.json", str(target).removeprefix("torch."))
+
+
+def _set_config_dtype(path: Path, dtype: str) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        for key in DTYPE_KEYS:
+            if key in part:
+                part[key] = dtype
+    if not any(key in config for key in DTYPE_KEYS):
+        config["dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _refuse_quantized(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{folder.name} is stored quantized: a delta that is added to it would be lost in its rounding",
+            hint="merge into the base model in fp32, fp16 or bf16",
+        )
+
+
+def _receipt(run: TrainedRun, dtype: str | None, tensors: list[str]) -> dict[str, Any]:
+    return {**origin(run, "merged"), "dtype": dtype or "as the base", "tensors_replaced": tensors}
+
+
+def origin(run: TrainedRun, format: str) -> dict[str, Any]:
+    """The part of the receipt that every export shares: what it was made of."""
+    return {
+        "schema": 1,
+        "format": format,
+        "eulerforge": eulerforge.__version__,
+        "run": run.folder.name,
+        "checkpoint": run.checkpoint.name,
+        "step": run.step,
+        "base": {"model_name": run.source.name, "kind": run.source.kind, **run.weights},
+    }

@@ -1,0 +1,89 @@
+"""The adapters as a PEFT folder: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+PEFT states one rank and one alpha and lists the modules that differ from them; the most frequent pair becomes the
+stated one, so that a uniform adapter has no exceptions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from eulerforge.config.atomic import staged_folder
+from eulerforge.errors import UsageError
+from eulerforge.export.merged import RECEIPT, Written, check_destination, origin
+from eulerforge.export.rundir import TrainedRun
+from eulerforge.lora.linear import LoRALinear
+from eulerforge.lora.wrap import adapted_modules
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+@torch.no_grad()
+def write_peft(run: TrainedRun, out: Path, *, overwrite: bool = False) -> Written:
+    """Write the adapters as PEFT reads them; the base stays where it is.
+
+    Raises:
+        UsageError: the run trained base weights, or an adapter has no PEFT form, or ``out`` cannot be written to.
+    """
+    check_destination(out, run, overwrite=overwrite)
+    if run.trained_base:
+        raise UsageError(
+            f"the run trained {len(run.trained_base)} base tensors, {next(iter(run.trained_base))} first,"
+            " which an adapter cannot hold",
+            hint="use --format merged",
+        )
+    modules = dict(adapted_modules(run.model))
+    for path, module in modules.items():
+        if not isinstance(module, LoRALinear):
+            raise UsageError(
+                f"{path} is a {type(module).__name__}, which PEFT does not know", hint="use --format merged"
+            )
+    layers = {path: module for path, module in modules.items() if isinstance(module, LoRALinear)}
+    tensors: dict[str, torch.Tensor] = {}
+    for path, module in layers.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A.detach().float().cpu().contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = module.lora_B.detach().float().cpu().contiguous()
+    with staged_folder(out, replace=out.is_dir()) as staging:
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        for name, value in ((CONFIG_FILE, peft_config(run, layers)), (RECEIPT, origin(run, "peft"))):
+            (staging / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return Written(
+        folder=out,
+        format="peft",
+        dtype="fp32",
+        tensors=tuple(sorted(tensors)),
+        files=(CONFIG_FILE, WEIGHTS_FILE, RECEIPT),
+        size=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+    )
+
+
+def peft_config(run: TrainedRun, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+    """``adapter_config.json``: full paths as targets, because a bare name may reach modules that were left out."""
+    rank, alpha, rslora = Counter((m.r, float(m.alpha), m.use_rslora) for m in layers.values()).most_common(1)[0][0]
+    if any(module.use_rslora != rslora for module in layers.values()):
+        raise UsageError("some adapters use rsLoRA and some do not, which PEFT cannot say", hint="use --format merged")
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(run.source.folder if run.source.kind == "gguf" else run.source.name),
+        "revision": run.run.model.revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": max(module.dropout for module in layers.values()),
+        "use_rslora": rslora,
+        "target_modules": sorted(layers),
+        "rank_pattern": {path: m.r for path, m in layers.items() if m.r != rank},
+        "alpha_pattern": {path: float(m.alpha) for path, m in layers.items() if float(m.alpha) != alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }

@@ -1,0 +1,244 @@
+"""A finished or half-finished run, opened again: its preset, its base, its adapters, all checked against each other.
+
+Opening has two steps, so that the base can be measured before the adapters are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from eulerforge.api import InjectionReport
+from eulerforge.config import load_run_config
+from eulerforge.config.schema import RunConfig
+from eulerforge.errors import CheckpointError
+from eulerforge.lora.apply import apply_injection
+from eulerforge.lora.state import adapter_state, load_adapter_state
+from eulerforge.models.device import pick_device
+from eulerforge.models.load import load_model
+from eulerforge.models.source import BaseSource
+from eulerforge.training.checkpoint import ADAPTER_FILE, TrainState, latest_complete, read_state, verify
+from eulerforge.training.outdir import CONFIG_FILE, FINAL
+from eulerforge.training.receipt import base_weights
+
+if TYPE_CHECKING:
+    from eulerforge.plugins import Registry
+
+
+@attrs.frozen(kw_only=True)
+class Location:
+    """A checkpoint on disk and the run that it belongs to.
+
+    ``injection`` is the injection report of the training, as its manifest keeps it.
+    ``notes`` is what the user should hear of the choice.
+    """
+
+    folder: Path
+    checkpoint: Path
+    state: TrainState
+    injection: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class OpenBase:
+    """A run's base model as it was before training; ``weights`` holds its files' sizes and hashes."""
+
+    location: Location
+    run: RunConfig
+    model: Any
+    tokenizer: Any
+    source: BaseSource
+    weights: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+
+
+@attrs.frozen(kw_only=True)
+class TrainedRun(OpenBase):
+    """A run's model with its adapters.
+
+    ``trained_base`` holds the base tensors that the run trained, by their names in the model without wrappers; the
+    live model has them already.
+    """
+
+    report: InjectionReport
+    trained_base: Mapping[str, torch.Tensor]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return self.location.folder
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.location.checkpoint
+
+    @property
+    def step(self) -> int:
+        return self.location.state.step
+
+
+def open_run(
+    path: Path,
+    *,
+    registry: Registry,
+    device: str | None = None,
+    checkpoint: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TrainedRun:
+    """A run's model with its adapters loaded, in eval mode on ``device`` (None: the preset's own).
+
+    Args:
+        path: a run's folder, a ``checkpoint-N`` folder or a ``final`` folder.
+        checkpoint: a step; without it ``final`` is taken, else the newest complete checkpoint.
+
+    Raises:
+        CheckpointError: nothing complete is there, or it is damaged, or it does not fit its own preset.
+        EulerForgeError: the preset, the base or a plugin is missing or wrong.
+    """
+    return attach(open_base(locate(path, checkpoint, say=say), registry=registry, device=device, say=say), registry)
+
+
+def locate(path: Path, checkpoint: int | None = None, *, say: Callable[[str], None] | None = None) -> Location:
+    """Find the checkpoint that is meant and check its files against its manifest.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run folder {path}", hint="give the folder that eulerforge train wrote")
+    notes: tuple[str, ...] = ()
+    if (path / CONFIG_FILE).is_file():
+        folder, chosen, notes = path, *_choose(path, checkpoint, say)
+    elif (path.resolve().parent / CONFIG_FILE).is_file():
+        if checkpoint is not None:
+            raise CheckpointError(
+                f"{path} is a checkpoint already", hint=f"give the run's folder {path.parent} with --checkpoint"
+            )
+        folder, chosen = path.parent if path.name else path.resolve().parent, path
+    else:
+        raise CheckpointError(
+            f"{path} is no run: neither it nor the folder above has {CONFIG_FILE}",
+            hint="give the folder that eulerforge train wrote, or a checkpoint in it",
+        )
+    injection = verify(chosen).get("injection", {})
+    return Location(folder=folder, checkpoint=chosen, state=read_state(chosen), injection=injection, notes=notes)
+
+
+def open_base(
+    location: Location, *, registry: Registry, device: str | None = None, say: Callable[[str], None] | None = None
+) -> OpenBase:
+    """Load the preset and the base of a run; no adapter is in the model yet.
+
+    ``device`` None is the preset's own.
+
+    Raises:
+        CheckpointError: the base's files are not those that the run was trained on.
+        EulerForgeError: the preset, the base or a plugin is missing or wrong.
+    """
+    run = load_run_config(str(location.folder / CONFIG_FILE), [], strategy_configs=registry.strategy_config).run
+    where = pick_device(device or run.device)
+    loaded = load_model(run, device=where, say=say)
+    weights = base_weights(loaded.source.folder)
+    trained_on = location.state.identity.get("model_name", weights["sha256"])
+    if weights["sha256"] != trained_on:
+        raise CheckpointError(
+            f"{loaded.source.name} is not the base that the run was trained on: its weights have changed",
+            key="model_name",
+            hint="put the old weights back, or train again",
+        )
+    return OpenBase(
+        location=location,
+        run=run,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        source=loaded.source,
+        weights=weights,
+        device=where,
+        dtype=loaded.dtype,
+    )
+
+
+@torch.no_grad()
+def attach(base: OpenBase, registry: Registry) -> TrainedRun:
+    """Inject into the base as the run did, in place, and load what the run learnt.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the preset beside it.
+    """
+    model = base.model
+    injected = apply_injection(base.run, registry, model)
+    _refuse_other_injection(injected.report, base.location)
+    path = base.location.checkpoint / ADAPTER_FILE
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", hint="use an earlier checkpoint") from error
+    adapters = adapter_state(model).keys()
+    load_adapter_state(model, {name: tensor for name, tensor in state.items() if name in adapters})
+    trained = {name: tensor for name, tensor in state.items() if name not in adapters}
+    _load_base_tensors(model, trained)
+    model.eval()
+    return TrainedRun(
+        **{field.name: getattr(base, field.name) for field in attrs.fields(OpenBase)},
+        report=injected.report,
+        warnings=injected.warnings,
+        trained_base={unwrapped_name(name): tensor for name, tensor in trained.items()},
+    )
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter's name in the model without wrappers: ``gate_proj.base_layer.weight`` is ``gate_proj.weight``."""
+    return name.replace(".base_layer.", ".")
+
+
+def _choose(folder: Path, checkpoint: int | None, say: Callable[[str], None] | None) -> tuple[Path, tuple[str, ...]]:
+    if checkpoint is not None:
+        chosen = folder / f"checkpoint-{checkpoint}"
+        if not chosen.is_dir():
+            there = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+            raise CheckpointError(
+                f"{folder} has no checkpoint-{checkpoint}",
+                key="--checkpoint",
+                hint=f"there are {', '.join(there)}" if there else "the run saved no checkpoint",
+            )
+        return chosen, ()
+    if (folder / FINAL).is_dir():
+        return folder / FINAL, ()
+    newest = latest_complete(folder, say=say)
+    if newest is None:
+        raise CheckpointError(
+            f"{folder} has no {FINAL} and no complete checkpoint", hint="train on with eulerforge train --resume"
+        )
+    return newest, (f"the run is not finished: {newest.name} is used, its newest complete checkpoint",)
+
+
+def _refuse_other_injection(report: InjectionReport, location: Location) -> None:
+    """The tensors' shapes do not show a changed alpha; the report in the manifest does."""
+    then = {(site["path"], site["r"], site["scaling"]) for site in location.injection.get("sites", ())}
+    now = {(site.path, site.r, site.scaling) for site in report.sites}
+    if then and then != now:
+        path = min(then ^ now)[0]
+        raise CheckpointError(
+            f"{location.folder / CONFIG_FILE} injects something else than the run was trained with, {path} first",
+            key="injection",
+            hint="put the file back as the training wrote it, and use the plugin's version from then",
+        )
+
+
+def _load_base_tensors(model: Any, trained: Mapping[str, torch.Tensor]) -> None:
+    own = dict(model.named_parameters())
+    for name, tensor in trained.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the checkpoint's tensor {name} {tuple(tensor.shape)} does not fit the model",
+                hint="use the preset and the base that it was trained with",
+            )
+        own[name].copy_(tensor)
