@@ -32,7 +32,9 @@ def resolve_location(text: str) -> Path:
     if not package.isidentifier() or not parts:
         raise UsageError(f"{text!r} is not a package location", hint="write pkg://package/path/inside/it")
     if ".." in parts or PurePosixPath(inner).is_absolute() or "\\" in inner:
-        raise UsageError(f"{text!r} points outside of the package", hint="write the path inside the package, without ..")
+        raise UsageError(
+            f"{text!r} points outside of the package", hint="write the path inside the package, without .."
+        )
     path = _package_folder(package, text).joinpath(*parts)
     if not path.exists():
         raise UsageError(f"the package {package} has no file {inner}", hint=_nearest(path))

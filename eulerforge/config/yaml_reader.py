@@ -75,6 +75,9 @@ class _Builder:
     def value(self, node: yaml.Node, key: str) -> Any:
         if key:
             self.lines.setdefault(key, node.start_mark.line + 1)
+        if node.tag.removeprefix(_TAG) not in _KNOWN_TAGS:
+            self._refuse(node, key, f"the tag {node.tag} is refused", "presets hold plain values only")
+            return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
@@ -117,4 +120,5 @@ class _Builder:
         self.problems.append(Problem(message=message, hint=hint, key=key or None, source=source))
 
 
+_KNOWN_TAGS = ("map", "seq", "str", "null", "bool", "int", "float", "timestamp", "merge")
 _MEANINGS = {"bool": "a truth value", "int": "another number", "float": "another number", "timestamp": "a date"}

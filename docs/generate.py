@@ -1,0 +1,118 @@
+"""Write the reference pages that must not drift from the code: commands, preset keys, hooks."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from eulerforge.api import hooks
+from eulerforge.api.settings import setting_info
+
+
+def write_all(folder: Path) -> None:
+    """Write every generated page into ``folder``; a page that did not change keeps its time stamp."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = {"cli.md": cli_page(), "preset.md": preset_page(), "hooks.md": hooks_page()}
+    for name, text in pages.items():
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def cli_page() -> str:
+    """The help text of every command, as argparse prints it."""
+    from eulerforge.cli.main import COMMANDS, command_parser, main_parser
+
+    parts = ["# Command line\n", _block(main_parser().format_help())]
+    for name in COMMANDS:
+        parser = command_parser(name)
+        parts += [f"\n## eulerforge {name}\n", _block(parser.format_help())]
+        for sub_name, sub_parser in _subcommands(parser):
+            parts += [f"\n### eulerforge {name} {sub_name}\n", _block(sub_parser.format_help())]
+    return "\n".join(parts) + "\n"
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> list[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return sorted(action.choices.items())
+    return []
+
+
+def _block(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```\n"
+
+
+def preset_page() -> str:
+    """Every key of a preset with its type, default and help, the keys of each installed strategy included."""
+    from eulerforge.config.schema import RunConfig
+    from eulerforge.plugins import load_registry
+
+    lines = [
+        "# Preset keys\n",
+        "Every key may be set in a TOML or YAML preset and with `--set KEY=VALUE`.\n",
+        "## Core keys\n",
+        *_table(RunConfig, ""),
+    ]
+    registry = load_registry()
+    for record in registry.records:
+        for offer in record.offers:
+            if offer.kind == "strategy":
+                lines += [
+                    f"\n## Keys of `injection` with `strategy = \"{offer.name}\"`\n",
+                    *_table(registry.strategy_config(offer.name), "injection."),
+                ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(config_class: type, prefix: str) -> list[str]:
+    rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    rows += [f"| `{key}` | {kind} | {default} | {text} |" for key, kind, default, text in setting_rows(config_class, prefix)]
+    return rows
+
+
+def setting_rows(config_class: type, prefix: str) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, help) of every leaf key below a config class."""
+    attrs.resolve_types(config_class)
+    rows: list[tuple[str, str, str, str]] = []
+    for attribute in attrs.fields(config_class):
+        if prefix == "" and attribute.name == "injection":
+            continue
+        if attrs.has(attribute.type):
+            rows += setting_rows(attribute.type, f"{prefix}{attribute.name}.")
+            continue
+        info = setting_info(attribute)
+        meaning = info.help + (f" ({', '.join(map(str, info.choices))})" if info.choices else "")
+        rows.append((f"{prefix}{attribute.name}", _type_name(attribute.type), _default(attribute), meaning.replace("|", "\\|")))
+    return rows
+
+
+def _type_name(kind: Any) -> str:
+    name = kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", ()) else str(kind)
+    return name.replace("eulerforge.config.schema.", "").replace("|", "or").replace("NoneType", "None")
+
+
+def _default(attribute: attrs.Attribute[Any]) -> str:
+    value = attribute.default
+    if value is attrs.NOTHING:
+        return "**required**"
+    if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
+        value = value.factory()
+    return "`[]`" if value == () else f"`{value}`"
+
+
+def hooks_page() -> str:
+    """Each hook's signature and docstring."""
+    lines = ["# Hooks\n", "Import `hookimpl` from `eulerforge.api` and decorate functions of these names.\n"]
+    for name in hooks.HOOK_NAMES:
+        function = getattr(hooks, name)
+        lines += [
+            f"## {name}\n",
+            f"```python\ndef {name}{inspect.signature(function)}\n```\n",
+            f"{inspect.getdoc(function)}\n",
+        ]
+    return "\n".join(lines) + "\n"
