@@ -1,0 +1,157 @@
+"""Adapters on tiny models of their families, sources, devices, and a model folder that is not whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_model
+
+from eulerforge.config.schema import LoadPrecision, ModelConfig, RunConfig
+from eulerforge.errors import DeviceError, ModelError, UsageError
+from eulerforge.lora.apply import apply_injection
+from eulerforge.models.device import pick_device, pick_dtype
+from eulerforge.models.load import load_model, load_tokenizer
+from eulerforge.models.source import resolve_source
+from eulerforge.plugins import load_registry
+
+REGISTRY = load_registry()
+ROLES = {"ffn.gate", "ffn.up", "ffn.down", "attn.q", "attn.k", "attn.v", "attn.o"}
+
+
+def run_config(folder: Path | str, mode: str = "fp32", **changes: object) -> RunConfig:
+    config_class = REGISTRY.strategy_config("dense_lora")
+    injection = changes.pop("injection", None) or config_class(lora_r=2)
+    return RunConfig(
+        model_name=str(folder), model=ModelConfig(load_precision=LoadPrecision(mode=mode)), injection=injection, **changes
+    )
+
+
+@pytest.mark.parametrize(("family", "backbone"), [("llama", "llama3"), ("qwen3", "qwen3")])
+def test_an_adapter_knows_its_family(family: str, backbone: str) -> None:
+    model = tiny_model(family)
+    spec = REGISTRY.backbone_for(model.config.model_type)
+    assert spec is not None
+    assert spec.name == backbone
+    adapter = REGISTRY.create(spec)
+    layers = adapter.find_transformer_layers(model)
+    assert len(layers) == model.config.num_hidden_layers
+    for layer in layers:
+        sites = adapter.find_sites(layer)
+        assert {site.role for site in sites} == ROLES
+        assert all(isinstance(layer.get_submodule(site.path), torch.nn.Linear) for site in sites)
+        assert not adapter.find_routers(layer)
+    assert adapter.roles_of("q_proj") == ("attn.q",)
+    assert not adapter.roles_of("q_pro")
+
+
+def test_wrong_backbone_names_the_right_one() -> None:
+    with pytest.raises(ModelError, match="does not fit") as caught:
+        apply_injection(run_config("m", backbone="qwen3"), REGISTRY, tiny_model("llama"))
+    assert caught.value.problems[0].hint == "--set backbone=llama3"
+
+
+def test_a_misspelt_keyword_beside_good_ones_is_an_error_with_the_nearest_name() -> None:
+    injection = REGISTRY.strategy_config("dense_lora")(target_keywords=("gate_proj", "upp_proj"))
+    with pytest.raises(ModelError, match="'upp_proj' matches nothing") as caught:
+        apply_injection(run_config("m", injection=injection), REGISTRY, tiny_model())
+    assert "up_proj" in (caught.value.problems[0].hint or "")
+
+
+def test_no_match_at_all_is_no_trainable_parameters_with_the_nearest_names() -> None:
+    injection = REGISTRY.strategy_config("dense_lora")(target_keywords=("gate",))
+    with pytest.raises(ModelError, match="No trainable parameters") as caught:
+        apply_injection(run_config("m", injection=injection), REGISTRY, tiny_model())
+    assert "gate_proj" in (caught.value.problems[0].hint or "")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_layer_that_a_keyword_misses_stops_the_run_unless_allowed(allowed: bool) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.gate_proj = torch.nn.Identity()
+    injection = REGISTRY.strategy_config("dense_lora")(target_keywords=("gate_proj",), allow_partial=allowed)
+    run = run_config("m", injection=injection)
+    if allowed:
+        injected = apply_injection(run, REGISTRY, model)
+        assert injected.warnings == ("gate_proj reaches 2 of 3 layers; not reached: 1",)
+    else:
+        with pytest.raises(ModelError, match="gate_proj reaches 2 of 3 layers; not reached: 1"):
+            apply_injection(run, REGISTRY, model)
+
+
+def test_only_adapters_train_after_an_injection() -> None:
+    model = tiny_model()
+    injected = apply_injection(run_config("m"), REGISTRY, model)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names == {name for site in injected.report.sites for name in site.parameters}
+
+
+def test_a_folder_loads_in_the_precision_asked_for(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    loaded = load_model(run_config(tmp_path, "bf16"), device=torch.device("cpu"))
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert not loaded.model.training
+    assert loaded.tokenizer.eos_token == "<|im_end|>"
+    assert load_tokenizer(run_config(tmp_path)).pad_token == "<pad>"
+
+
+def test_a_missing_tensor_is_an_error_not_random_numbers(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 tensors are missing.*layers\.1\.mlp\.up_proj\.weight"):
+        load_model(run_config(tmp_path), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "config", "no weights", "pickle", "tokenizer"])
+def test_a_damaged_folder_is_named(tmp_path: Path, damage: str) -> None:
+    save_tiny(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "config":
+        (tmp_path / "config.json").unlink()
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "pickle":
+        weights.rename(tmp_path / "pytorch_model.bin")
+    else:
+        (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError) as caught:
+        load_model(run_config(tmp_path), device=torch.device("cpu"))
+    (problem,) = caught.value.problems
+    assert problem.key == "model_name"
+    assert "\n" not in problem.message
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "nothing"])
+def test_a_name_that_is_no_model_says_what_a_name_may_be(name: str) -> None:
+    with pytest.raises(ModelError, match="there is no model folder"):
+        resolve_source(name)
+
+
+def test_quantized_modes_are_refused_honestly(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not part of this release"):
+        load_model(run_config(tmp_path, "int4"), device=torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there, so asking for it is no error")
+def test_cuda_without_a_device_is_exit_4_with_the_way_out() -> None:
+    with pytest.raises(DeviceError, match="no CUDA device") as caught:
+        pick_device("cuda:0")
+    assert caught.value.exit_code == 4
+    assert caught.value.problems[0].hint == "--set device=cpu"
+
+
+def test_device_and_dtype_names() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UsageError):
+        pick_device("gpu")
+    with pytest.raises(UsageError):
+        pick_device("meta")
+    assert pick_dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    assert pick_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
