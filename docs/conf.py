@@ -8,11 +8,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import generate
+
 from eulerforge import __version__
 
 project = "EulerForge"
 author = "The EulerForge engineers"
-copyright = "2026, the EulerForge engineers"  # noqa: A001 - Sphinx wants this name
+copyright = "2026, the EulerForge engineers"
 release = version = __version__
 extensions = ["myst_parser"]
 myst_enable_extensions = ["colon_fence"]

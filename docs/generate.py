@@ -63,7 +63,7 @@ def preset_page() -> str:
         for offer in record.offers:
             if offer.kind == "strategy":
                 lines += [
-                    f"\n## Keys of `injection` with `strategy = \"{offer.name}\"`\n",
+                    f'\n## Keys of `injection` with `strategy = "{offer.name}"`\n',
                     *_table(registry.strategy_config(offer.name), "injection."),
                 ]
     return "\n".join(lines) + "\n"
@@ -71,7 +71,9 @@ def preset_page() -> str:
 
 def _table(config_class: type, prefix: str) -> list[str]:
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-    rows += [f"| `{key}` | {kind} | {default} | {text} |" for key, kind, default, text in setting_rows(config_class, prefix)]
+    rows += [
+        f"| `{key}` | {kind} | {default} | {text} |" for key, kind, default, text in setting_rows(config_class, prefix)
+    ]
     return rows
 
 
@@ -87,7 +89,9 @@ def setting_rows(config_class: type, prefix: str) -> list[tuple[str, str, str, s
             continue
         info = setting_info(attribute)
         meaning = info.help + (f" ({', '.join(map(str, info.choices))})" if info.choices else "")
-        rows.append((f"{prefix}{attribute.name}", _type_name(attribute.type), _default(attribute), meaning.replace("|", "\\|")))
+        rows.append(
+            (f"{prefix}{attribute.name}", _type_name(attribute.type), _default(attribute), meaning.replace("|", "\\|"))
+        )
     return rows
 
 

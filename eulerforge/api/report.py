@@ -90,7 +90,9 @@ class InjectionReport:
     def lines(self) -> list[str]:
         """The coverage as a person reads it."""
         chosen = len(self.layers)
-        text = [f"adapted {len(self.sites)} modules in {chosen} of {self.depth} layers, {self.parameter_count:,} parameters"]
+        text = [
+            f"adapted {len(self.sites)} modules in {chosen} of {self.depth} layers, {self.parameter_count:,} parameters"
+        ]
         for role, row in self.coverage().items():
             text.append(f"  {role:<20} {row['layers']:>3} of {chosen} layers  {row['parameters']:>12,} parameters")
         return text

@@ -69,7 +69,9 @@ class InjectionConfig:
     num_layers: int = setting(0, ge=0, help="How many layers to adapt from start_layer on; 0 = all")
     layer_indices: tuple[int, ...] = setting((), help="Adapt exactly these layers instead of a window")
     match: str = setting(
-        "role", choices=("role", "exact"), help="role: the backbone adapter translates keywords; exact: names as they are"
+        "role",
+        choices=("role", "exact"),
+        help="role: the backbone adapter translates keywords; exact: names as they are",
     )
     allow_partial: bool = setting(False, help="Go on although a keyword reaches only some of the chosen layers")
 

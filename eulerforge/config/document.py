@@ -58,6 +58,4 @@ def read_document(path: Path) -> Document:
         from eulerforge.config.yaml_reader import read_yaml
 
         return Document(path=path, tree=(found := read_yaml(text, path))[0], lines=found[1])
-    raise ConfigError(
-        f"a preset ends in .toml, .yml or .yaml, not {path.suffix or 'in nothing'}", source=str(path)
-    )
+    raise ConfigError(f"a preset ends in .toml, .yml or .yaml, not {path.suffix or 'in nothing'}", source=str(path))

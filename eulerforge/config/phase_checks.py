@@ -27,16 +27,18 @@ def phase_problems(
         if index == 0 and phase.step != 0:
             errors.append(Problem(key=f"{key}.step", message="the first phase must start at step 0"))
         elif phase.step <= last:
-            errors.append(Problem(key=f"{key}.step", message=f"the steps of phases must increase, {phase.step} does not"))
+            errors.append(
+                Problem(key=f"{key}.step", message=f"the steps of phases must increase, {phase.step} does not")
+            )
         last = phase.step
         if training.max_train_steps is not None and phase.step >= training.max_train_steps:
             warnings.append(
-                Problem(key=f"{key}.step", message=f"the phase never begins: the run ends at {training.max_train_steps}")
+                Problem(
+                    key=f"{key}.step", message=f"the phase never begins: the run ends at {training.max_train_steps}"
+                )
             )
         if not phase.trainable:
-            errors.append(
-                Problem(key=f"{key}.trainable", message="No trainable parameters: the phase names no group")
-            )
+            errors.append(Problem(key=f"{key}.trainable", message="No trainable parameters: the phase names no group"))
         for group in phase.trainable:
             if group not in own and group not in offered:
                 near = nearest(group, [*own, *offered])

@@ -66,7 +66,9 @@ class DataConfig:
     )
     max_length: int = setting(512, ge=2, help="Tokens of a row at most")
     template: str = setting(
-        "auto", choices=("auto", "chat", "none"), help="auto: the tokenizer's chat template when it has one; none: plain"
+        "auto",
+        choices=("auto", "chat", "none"),
+        help="auto: the tokenizer's chat template when it has one; none: plain",
     )
     schema: Mapping[str, str] = setting(factory=dict, help="Column names of the file, such as {prompt = 'question'}")
     system_prompt: str | None = setting(None, help="System message put before every conversation that has none")
@@ -94,9 +96,7 @@ class TrainingConfig:
     weight_decay: float = setting(0.01, ge=0, help="AdamW's decoupled weight decay")
     betas: tuple[float, ...] = setting((0.9, 0.999), help="AdamW's two decay rates")
     eps: float = setting(1e-8, gt=0, help="AdamW's epsilon")
-    scheduler: str = setting(
-        "cosine", choices=("cosine", "linear", "constant"), help="Learning rate after the warm-up"
-    )
+    scheduler: str = setting("cosine", choices=("cosine", "linear", "constant"), help="Learning rate after the warm-up")
     min_lr_ratio: float = setting(0.0, ge=0, le=1, help="The last learning rate as a share of lr")
     warmup_steps: int = setting(0, ge=0, help="Steps of linear warm-up")
     max_train_steps: int | None = setting(None, ge=1, help="Optimizer steps to train")

@@ -70,11 +70,15 @@ def _mapping_hook(kind: Any) -> Callable[[Any, Any], dict[str, Any]]:
     return hook
 
 
+def _origin(kind: Any) -> Any:
+    return typing.get_origin(kind)
+
+
 _CONVERTER = cattrs.Converter(detailed_validation=False)
 for _kind in _KINDS:
     _CONVERTER.register_structure_hook(_kind, _strict(_kind))
-_CONVERTER.register_structure_hook_factory(lambda kind: typing.get_origin(kind) is tuple, _sequence_hook)
-_CONVERTER.register_structure_hook_factory(lambda kind: typing.get_origin(kind) is Mapping, _mapping_hook)
+_CONVERTER.register_structure_hook_factory(lambda kind: _origin(kind) is tuple, _sequence_hook)
+_CONVERTER.register_structure_hook_factory(lambda kind: _origin(kind) is Mapping, _mapping_hook)
 
 
 def leaf_keys(config_class: type, prefix: str = "") -> list[str]:
@@ -128,9 +132,9 @@ class Structurer:
         return instance
 
     def _value(self, attribute: attrs.Attribute[Any], value: Any, key: str) -> Any:
-        kind = attribute.type
+        kind: Any = attribute.type
         if attrs.has(kind):
-            return self.structure(kind, value, key + ".")  # type: ignore[arg-type]
+            return self.structure(kind, value, key + ".")
         item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
         if item is not None and attrs.has(item):
             if not isinstance(value, list):

@@ -50,10 +50,11 @@ def _bound(text: str, path: Path) -> None:
     """Refuse aliases and deep nesting before anything is built."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(
-                f"the alias *{event.anchor} is refused: presets have no aliases", source=f"{path}:{line}",
+                f"the alias *{event.anchor} is refused: presets have no aliases",
+                source=f"{path}:{line}",
                 hint="write the value out",
             )
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
@@ -82,6 +83,7 @@ class _Builder:
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, f"{key}.{index}") for index, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)  # noqa: S101 - the only other kind of node
         return self._scalar(node, key)
 
     def _mapping(self, node: yaml.MappingNode, key: str) -> dict[str, Any]:
@@ -111,7 +113,9 @@ class _Builder:
         if tag in ("float", "str") and (_FLOAT.fullmatch(text) or _EXPONENT.fullmatch(text)):
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         meant = f"YAML 1.1 would read {text} as {_MEANINGS.get(tag, tag)}"
-        hint = "write true or false" if tag == "bool" else f"write '{text}' in quotes for text, or a plain decimal number"
+        hint = (
+            "write true or false" if tag == "bool" else f"write '{text}' in quotes for text, or a plain decimal number"
+        )
         self._refuse(node, key, meant, hint)
         return None
 

@@ -37,7 +37,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> N
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise CheckpointError(
-                f"the adapter tensor {name} has shape {tuple(state[name].shape)}, the model wants {tuple(tensor.shape)}",
+                f"the adapter tensor {name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}",
                 hint="use the preset that the adapter was trained with: same lora_r",
             )
     with torch.no_grad():

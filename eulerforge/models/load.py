@@ -54,9 +54,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def load_model(
-    run: RunConfig, *, device: torch.device, say: Callable[[str], None] | None = None
-) -> LoadedModel:
+def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], None] | None = None) -> LoadedModel:
     """Load the base of a run onto ``device``.
 
     Raises:
@@ -85,7 +83,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except Exception as error:  # noqa: BLE001 - transformers and safetensors raise every kind for a damaged folder
+    except Exception as error:
         raise ModelError(
             f"{source.name} cannot be loaded: {_first_line(error)}",
             key="model_name",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from eulerforge.models.layout import DenseAdapter
 from eulerforge_phases.resolver import StandardGroups
 from eulerforge_strategy_dense_lora.config import AttentionLoRAConfig, DenseLoRAConfig
@@ -17,13 +18,19 @@ def resolved(**changes: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
             num_key_value_heads=2,
-        )  # fmt: skip
+        )
     )
     config = DenseLoRAConfig(lora_r=2, attn_lora=AttentionLoRAConfig(enabled=True), **changes)
     report = inject_dense_lora_inplace(model, DenseAdapter(), config)
-    return model, {name: tuple(found) for name, found in StandardGroups().resolve(model, DenseAdapter(), report).items()}
+    return model, {
+        name: tuple(found) for name, found in StandardGroups().resolve(model, DenseAdapter(), report).items()
+    }
 
 
 def test_the_groups_are_disjoint_and_name_real_parameters() -> None:

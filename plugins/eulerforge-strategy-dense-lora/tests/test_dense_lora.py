@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from eulerforge.errors import ModelError
 from eulerforge.lora.state import adapter_state, load_adapter_state
 from eulerforge.lora.wrap import unwrap

@@ -107,10 +107,7 @@ def rendered(tree: dict[str, Any], path: tuple[str, ...], wrong: str, suffix: st
         }
 
     broken = renamed(tree, path)
-    if suffix == ".toml":
-        text = toml_text(broken)
-    else:
-        text = yaml.safe_dump(broken, sort_keys=False, default_flow_style=False)
+    text = toml_text(broken) if suffix == ".toml" else yaml.safe_dump(broken, sort_keys=False)
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         word = line.strip().lstrip("[").split("=")[0].split(":")[0].split("]")[0].strip().rpartition(".")[2]
@@ -127,7 +124,9 @@ def in_section(lines: list[str], path: tuple[str, ...], suffix: str) -> bool:
         headers = [line.strip("[]") for line in lines if line.startswith("[")]
         return bool(headers) and headers[-1].split(".")[: len(path) - 1] == list(path[:-1])
     indent = len(lines[-1]) - len(lines[-1].lstrip())
-    parents = [line for line in lines[:-1] if len(line) - len(line.lstrip()) < indent and not line.strip().startswith("-")]
+    parents = [
+        line for line in lines[:-1] if len(line) - len(line.lstrip()) < indent and not line.strip().startswith("-")
+    ]
     return parents[-1].strip().rstrip(":") == path[-2]
 
 

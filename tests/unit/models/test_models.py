@@ -25,7 +25,10 @@ def run_config(folder: Path | str, mode: str = "fp32", **changes: object) -> Run
     config_class = REGISTRY.strategy_config("dense_lora")
     injection = changes.pop("injection", None) or config_class(lora_r=2)
     return RunConfig(
-        model_name=str(folder), model=ModelConfig(load_precision=LoadPrecision(mode=mode)), injection=injection, **changes
+        model_name=str(folder),
+        model=ModelConfig(load_precision=LoadPrecision(mode=mode)),
+        injection=injection,
+        **changes,
     )
 
 

@@ -16,7 +16,9 @@ class AttentionLoRAConfig:
     enabled: bool = setting(False, help="Adapt attention projections too")
     keywords: tuple[str, ...] = setting(("q_proj", "v_proj"), help="Names of the attention projections to adapt")
     lora_r: int | None = setting(None, help="Rank of the attention adapters; default: injection.lora_r")
-    lora_alpha: float | None = setting(None, gt=0, help="Alpha of the attention adapters; default: injection.lora_alpha")
+    lora_alpha: float | None = setting(
+        None, gt=0, help="Alpha of the attention adapters; default: injection.lora_alpha"
+    )
 
     def check(self) -> Iterable[Problem]:
         if self.lora_r is not None:
@@ -54,5 +56,7 @@ class DenseLoRAConfig(InjectionConfig):
 def rank_problems(r: int) -> Iterable[Problem]:
     if r < 1:
         yield Problem(
-            key="lora_r", message=f"LoRA layers will act as Identity: the rank is {r}", hint="lora_r must be 1 or higher"
+            key="lora_r",
+            message=f"LoRA layers will act as Identity: the rank is {r}",
+            hint="lora_r must be 1 or higher",
         )
