@@ -1,0 +1,248 @@
+"""Third-party wheels in a fresh virtual environment: built, installed, listed, used, uninstalled, gone.
+
+The environment borrows torch and the other big packages from this one through a folder of links, and nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from tiny import save_tiny, write_rows
+
+pytestmark = pytest.mark.packaging
+
+ROOT = Path(__file__).parents[2]
+THIRD_PARTY = ROOT / "tests" / "thirdparty"
+SOURCES = {
+    "core": ROOT,
+    "demo": THIRD_PARTY / "eulerforge-demo",
+    **{folder.name: folder for folder in sorted((THIRD_PARTY / "faulty").iterdir()) if folder.is_dir()},
+}
+OURS = ("eulerforge", "_editable_impl_eulerforge", "__editable__", "__pycache__")
+
+
+@attrs.frozen
+class Venv:
+    """A virtual environment and the wheels that may be installed in it."""
+
+    folder: Path
+    wheels: dict[str, Path]
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    def pip(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def install(self, name: str) -> None:
+        self.pip("install", "--no-index", "--no-deps", str(self.wheels[name]))
+
+    def uninstall(self, distribution: str) -> None:
+        self.pip("uninstall", "--yes", distribution)
+
+    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        keep = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "EULERFORGE"))}
+        environ = {
+            **keep,
+            "NO_COLOR": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "EULERFORGE_CACHE": str(self.folder / "cache"),
+            **variables,
+        }
+        command = [str(self.folder / "bin" / "eulerforge"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environ, cwd=self.folder, check=False)
+
+    def data(self, *arguments: str, code: int = 0) -> Any:
+        """What a ``--json`` command answers."""
+        done = self.run(*arguments, "--json")
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["schema"] == 1
+        return answer["data"] if answer["ok"] else answer["problems"]
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return {row["name"]: row for row in self.data("plugins", "list")["plugins"]}
+
+
+@pytest.fixture(scope="module")
+def venv(tmp_path_factory: pytest.TempPathFactory) -> Venv:
+    folder = tmp_path_factory.mktemp("fresh")
+    wheels = {}
+    for name, source in SOURCES.items():
+        out = folder / "wheels" / name
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (wheels[name],) = out.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+    (site_packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    borrowed = folder / "borrowed"
+    borrowed.mkdir()
+    for parent in {Path(sysconfig.get_paths()[key]) for key in ("purelib", "platlib")}:
+        for entry in parent.iterdir():
+            if not entry.name.startswith(OURS) and entry.suffix != ".pth":
+                (borrowed / entry.name).symlink_to(entry)
+    (site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
+    made = Venv(folder / "venv", wheels)
+    made.install("core")
+    return made
+
+
+@pytest.fixture(scope="module")
+def preset(venv: Venv) -> Path:
+    """A preset that names the demo's strategy and backbone, with a tiny model and rows of its own."""
+    model = save_tiny(venv.folder / "tiny-llama")
+    rows = write_rows(venv.folder / "rows.jsonl")
+    path = venv.folder / "demo.toml"
+    path.write_text(
+        f"""
+model_name = "{model}"
+device = "cpu"
+backbone = "demo_llama"
+
+[injection]
+strategy = "demo_scale"
+target_keywords = ["down_proj", "o_proj"]
+initial_scale = 1.0
+
+[data]
+path = "{rows}"
+max_length = 128
+
+[data.validation]
+size = 4
+
+[training]
+max_train_steps = 5
+batch_size = 4
+lr = 2e-2
+log_steps = 1
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def demo(venv: Venv) -> Any:
+    venv.install("demo")
+    yield
+    venv.uninstall("eulerforge-demo")
+
+
+def test_the_core_alone_has_no_plugins(venv: Venv):
+    assert venv.rows() == {}
+    done = venv.run("plugins", "list")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no plugin is installed" in done.stderr
+
+
+def test_a_third_party_wheel_is_listed_shown_checked_and_gone(venv: Venv):
+    venv.install("demo")
+    row = venv.rows()["demo"]
+    assert (row["distribution"], row["version"], row["status"]) == ("eulerforge-demo", "0.3.0", "ok")
+    assert [(offer["kind"], offer["name"]) for offer in row["offers"]] == [
+        ("backbone", "demo_llama"),
+        ("strategy", "demo_scale"),
+        ("phase_group", "demo"),
+    ]
+    (shown,) = venv.data("plugins", "show", "eulerforge-demo:demo_scale")["plugins"]
+    keys = {key["name"]: key for offer in shown["offers"] for key in offer.get("keys", ())}
+    assert keys["injection.initial_scale"] == {
+        "name": "injection.initial_scale",
+        "type": "float",
+        "default": 1.0,
+        "default_text": "1.0",
+        "required": False,
+        "help": "The factor that every output starts with; 1 changes nothing",
+        "choices": [],
+    }
+    assert "model types: llama" in venv.run("plugins", "show", "demo_llama").stdout
+    assert venv.data("plugins", "check", "demo")["passed"]
+    venv.uninstall("eulerforge-demo")
+    assert venv.rows() == {}
+    (problem,) = venv.data("plugins", "show", "demo", code=3)
+    assert problem["message"] == "there is no plugin 'demo'"
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_real_run_with_third_party_parts(venv: Venv, preset: Path):
+    checked = venv.run("train", "--preset", str(preset), "--validate-only")
+    assert checked.returncode == 0, checked.stderr
+    out = venv.folder / "run"
+    done = venv.run("train", "--preset", str(preset), "--output-dir", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert sum("grad_norm" in line for line in losses) >= 5
+    adapter = (out / "final" / "adapter.safetensors", out / "checkpoint-5" / "adapter.safetensors")
+    (saved,) = (path for path in adapter if path.is_file())
+    length = int.from_bytes(saved.read_bytes()[:8], "little")
+    names = set(json.loads(saved.read_bytes()[8 : 8 + length])) - {"__metadata__"}
+    assert len(names) == 6
+    assert all(name.endswith(".output_scale") for name in names)
+    assert "eulerforge-demo" in (out / "receipt.json").read_text()
+
+
+def test_a_run_whose_plugin_is_gone_says_so(venv: Venv, preset: Path):
+    done = venv.run("train", "--preset", str(preset), "--validate-only")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "there is no strategy 'demo_scale'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+FAULTY = {
+    "import_raises": ("broken", "RuntimeError while loading: the driver of this plugin is not there"),
+    "hook_raises": ("broken", "OSError while calling eulerforge_presets: the list of presets"),
+    "sys_exit": ("broken", "it called sys.exit(5) while loading"),
+    "wrong_api": ("incompatible", "it was written for API 2.0, this core has API 1.0"),
+    "name_taken": ("conflict", "strategy 'demo_scale' is offered by eulerforge-demo:demo too"),
+}
+
+
+@pytest.mark.usefixtures("demo")
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_faulty_plugin_is_a_row_and_the_tool_works(venv: Venv, preset: Path, name: str):
+    distribution = f"eulerforge-faulty-{name.replace('_', '-')}"
+    status, reason = FAULTY[name]
+    venv.install(name)
+    try:
+        rows = venv.rows()
+        assert rows[name]["status"] == status
+        assert reason in rows[name]["reason"]
+        assert rows[name]["hint"]
+        assert reason in venv.run("plugins", "list").stdout
+        assert venv.run("plugins", "list", "--strict-plugins").returncode == 3
+        assert venv.run("plugins", "list", "--strict-plugins", "--no-plugin", name).returncode == 0
+        assert venv.data("plugins", "check", name, code=3)["passed"] is False
+        validate = ("train", "--preset", str(preset), "--validate-only")
+        # a run that does not need the faulty plugin goes on; one whose name is contested stops
+        contested = name == "name_taken"
+        done = venv.run(*validate)
+        assert done.returncode == (3 if contested else 0), done.stderr
+        assert "Traceback" not in done.stderr
+        if contested:
+            assert "several plugins offer the strategy 'demo_scale'" in done.stderr
+            qualified = venv.run(*validate, "--set", "injection.strategy=eulerforge-demo:demo_scale")
+            assert qualified.returncode == 0, qualified.stderr
+        else:
+            missing = venv.run(*validate, "--set", "injection.strategy=unheard_of")
+            assert missing.returncode == 3
+            assert f"{distribution}:{name}" in missing.stderr
+        assert venv.run(*validate, "--strict-plugins").returncode == 3
+        assert venv.run(*validate, EULERFORGE_DISABLE_PLUGINS=name).returncode == 0
+    finally:
+        venv.uninstall(distribution)
+    assert name not in venv.rows()
