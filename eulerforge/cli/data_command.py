@@ -6,7 +6,6 @@ On a terminal trained text is green and masked text dim; elsewhere, and with NO_
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import TextIO
 
@@ -16,13 +15,11 @@ MASKED_START, MASKED_END = "\x1b[2m", "\x1b[0m"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``data``."""
-    from eulerforge.cli.plugin_options import add_plugin_options
     from eulerforge.cli.train_config import add_config_options
 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     preview = actions.add_parser("preview", help="show rows with trained and masked tokens told apart")
     add_config_options(preview)
-    add_plugin_options(preview)
     preview.add_argument("--rows", type=_positive, default=3, metavar="N", help="how many rows to show (default 3)")
     preview.add_argument("--validation", action="store_true", help="show held-out rows instead of training rows")
     preview.add_argument("--json", action="store_true", help="print JSON on stdout")
@@ -30,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the preview. Raises DataError for bad rows and ConfigError for a bad preset."""
-    from eulerforge.cli.output import emit_json
+    from eulerforge.cli.output import colour_wanted, emit_json
     from eulerforge.cli.plugin_options import registry_from
     from eulerforge.cli.train_config import load_from_args
     from eulerforge.data.prepared import build_dataset
@@ -48,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit_json({"report": datasets.report.to_json(), "rows": [preview.to_json() for preview in previews]})
         return 0
-    colour = _has_colour(sys.stdout)
+    colour = colour_wanted()
     for preview in previews:
         print(f"--- {preview.source}: {preview.tokens:,} tokens, {preview.trained_tokens:,} trained")
         if colour:
@@ -67,10 +64,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise ValueError(text)
     return value
-
-
-def _has_colour(stream: TextIO) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _brackets(stream: TextIO) -> tuple[str, str]:

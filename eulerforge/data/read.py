@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 
 from eulerforge.data.files import DataFile
-from eulerforge.errors import DataError, Problem
+from eulerforge.errors import DataError, EulerForgeError, Problem
 
 SHOWN_PROBLEMS = 20
 _BOM = b"\xef\xbb\xbf"
@@ -43,13 +43,16 @@ class BadRows:
             self.problems.append(Problem(message=message, source=source, key=key, hint=hint))
 
     def raise_if_any(self) -> None:
-        """Raise one DataError with every kept problem, and how many more there are."""
-        if not self.total:
-            return
+        """Raise :meth:`error` when there is anything to say."""
+        if self.total:
+            raise self.error()
+
+    def error(self) -> EulerForgeError:
+        """One DataError with every kept problem, and how many more there are."""
         shown = list(self.problems)
         if self.total > len(shown):
             shown.append(Problem(message=f"{self.total - len(shown):,} more problems like these are not shown"))
-        raise DataError.of(shown)
+        return DataError.of(shown)
 
 
 def read_rows(file: DataFile, bad: BadRows) -> Iterator[SourceRow]:

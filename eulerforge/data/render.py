@@ -170,8 +170,8 @@ def render_prompt(
     parser = RowParser({} if isinstance(row_or_text, str) else config.schema)
     bad = BadRows()
     row = parser.parse(SourceRow(parser.with_blank_answer(given), 0, "prompt"), bad)
-    bad.raise_if_any()
-    assert row is not None
+    if row is None:
+        raise bad.error()
     return RowTokenizer(tokenizer).prompt(prompt_text(Renderer(config, tokenizer), row))
 
 

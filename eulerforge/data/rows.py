@@ -121,20 +121,21 @@ class RowParser:
         for asked, answer in (("prompt", "response"), ("instruction", "output")):
             if column[asked] in given:
                 given[column[answer]] = "..."
-        for turns, role, content, name in (("messages", "role", "content", "assistant"),
-                                           ("conversations", "from", "value", "gpt")):  # fmt: skip
+        for turns, role, content, answerer in (
+            ("messages", "role", "content", "assistant"),
+            ("conversations", "from", "value", "gpt"),
+        ):
             listed = given.get(column[turns])
-            if isinstance(listed, list) and listed and isinstance(listed[-1], dict):
-                if listed[-1].get(column[role]) not in ("assistant", "gpt", "model"):
-                    given[column[turns]] = [*listed, {column[role]: name, column[content]: "..."}]
+            if not (isinstance(listed, list) and listed and isinstance(listed[-1], dict)):
+                continue
+            if listed[-1].get(column[role]) not in ("assistant", "gpt", "model"):
+                given[column[turns]] = [*listed, {column[role]: answerer, column[content]: "..."}]
         return given
 
     def _row(self, row: SourceRow) -> Row:
         data = row.data
-        for kind, keys in _KINDS:
-            if all(self._columns[key] in data for key in keys):
-                break
-        else:
+        kind = next((name for name, keys in _KINDS if all(self._columns[key] in data for key in keys)), None)
+        if kind is None:
             raise self._no_kind(data)
         if kind == "text":
             return TextRow(text=self._string(data, "text"), line=row.line, where=row.where)
@@ -184,9 +185,7 @@ class RowParser:
                     raise _Bad(f"{needed} is missing", f"{place}.{needed}", f"it has {_names(turn)}")
             role = self._string(turn, role_key, prefix=f"{place}.", may_be_empty=True)
             if role not in roles:
-                raise _Bad(
-                    f"unknown role {role!r}", f"{place}.{self._columns[role_key]}", f"known: {', '.join(roles)}"
-                )
+                raise _Bad(f"unknown role {role!r}", f"{place}.{self._columns[role_key]}", f"known: {', '.join(roles)}")
             role = roles[role]
             content = self._string(turn, content_key, prefix=f"{place}.", may_be_empty=role != "assistant")
             messages.append(Message(role, content))

@@ -16,13 +16,12 @@ def split_rows(rows: int, *, size: int | None, fraction: float | None, seed: int
     A fraction is rounded to whole rows. Raises DataError when a side would be empty.
     """
     everything = np.arange(rows, dtype=np.int64)
-    if size is None and fraction is None:
-        return everything, everything[:0]
     if size is not None:
         key, held_out = "data.validation.size", size
-    else:
-        assert fraction is not None
+    elif fraction is not None:
         key, held_out = "data.validation.fraction", round(rows * fraction)
+    else:
+        return everything, everything[:0]
     if held_out < 1:
         raise DataError(
             f"nothing is left to validate on: {rows:,} usable rows", key=key, hint="raise it, or leave it out"

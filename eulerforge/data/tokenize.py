@@ -63,7 +63,7 @@ class RowTokenizer:
                 ):
                     bad.add(
                         row.where,
-                        "a token reaches over the border between prompt and answer, and this tokenizer cannot cut there",
+                        "a token reaches over the border of prompt and answer, and this tokenizer cannot cut there",
                         hint="end the prompt, or begin the answer, with a line break",
                     )
                     results.append(None)

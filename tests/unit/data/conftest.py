@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from eulerforge.config.schema import DataConfig, ValidationConfig
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -24,7 +25,8 @@ LLAMA3 = (
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}"
+    "<start_of_turn>model\n{% endif %}"
 )
 # Like Qwen3: reasoning stands only in the last answer, so earlier turns change when more turns follow.
 REASONING = (
@@ -70,8 +72,8 @@ def byte_level() -> Tokenizer:
 def metaspace() -> Tokenizer:
     """SentencePiece-like: a space is put before the first word of a text."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     alphabet = sorted({char for text in CORPUS for char in text.replace(" ", "▁")})
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=alphabet, special_tokens=SPECIALS, show_progress=False
@@ -123,14 +125,10 @@ def plain_tokenizer(*, bos: bool = False, eos: bool = True) -> PreTrainedTokeniz
     )
 
 
-def make_config(**keys: Any) -> Any:
-    """A data section with defaults."""
-    validation = {"size": None, "fraction": None, "path": (), "seed": 0} | keys.pop("validation", {})
-    defaults = {
-        "format": "raw", "task": "sft", "path": (), "max_length": 512, "template": "auto", "schema": {},
-        "system_prompt": None, "max_rows": None, "on_long": "truncate", "cache": False,
-    }  # fmt: skip
-    return SimpleNamespace(**(defaults | keys), validation=SimpleNamespace(**validation))
+def make_config(**keys: Any) -> DataConfig:
+    """A data section with defaults, the cache off; ``validation`` is a mapping."""
+    validation = ValidationConfig(**keys.pop("validation", {}))
+    return DataConfig(**({"cache": False} | keys), validation=validation)
 
 
 @pytest.fixture(scope="session")
