@@ -1,0 +1,128 @@
+"""Everything that a run needs, put together once: data, model, adapters, phases."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import nn
+
+from eulerforge.api import InjectionReport
+from eulerforge.config.schema import RunConfig
+from eulerforge.data.prepared import Datasets, build_dataset
+from eulerforge.errors import UsageError
+from eulerforge.lora.apply import apply_injection
+from eulerforge.models.device import pick_device
+from eulerforge.models.load import load_model, load_tokenizer
+from eulerforge.models.source import BaseSource
+from eulerforge.training.phases import PhasePlan, plan_phases, resolve_groups
+
+if TYPE_CHECKING:
+    from eulerforge.plugins import Registry
+
+Say = Callable[[str], None]
+
+
+@attrs.frozen(kw_only=True)
+class Run:
+    """A run that is ready to train; ``phases`` knows which parameters train when.
+
+    ``datasets`` is None only when it was assembled without data.
+    """
+
+    config: RunConfig
+    model: Any
+    tokenizer: Any
+    source: BaseSource
+    backbone: str
+    report: InjectionReport
+    groups: dict[str, tuple[str, ...]]
+    phases: PhasePlan
+    datasets: Any
+    device: torch.device
+    dtype: torch.dtype
+    out: Path
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a row; masked everywhere, so any valid one does."""
+        return int(self.tokenizer.pad_token_id) if self.tokenizer.pad_token_id is not None else 0
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.config.evaluation.batch_size or self.config.training.batch_size
+
+
+def refuse_many_processes() -> None:
+    """Raises UsageError under torchrun: every process would train the same run over the same folder."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size not in ("", "1"):
+        raise UsageError(
+            f"WORLD_SIZE is {size}, but training with several processes is not there yet",
+            hint="start it without torchrun or accelerate; a larger training.grad_accum_steps gives the same batch",
+        )
+
+
+def assemble(
+    config: RunConfig, registry: Registry, *, out: Path, need_data: bool = True, say: Say = lambda text: None
+) -> Run:
+    """Read the data, load the model, inject, resolve the phases: what is cheap to check comes first.
+
+    Raises:
+        EulerForgeError: the first thing that is wrong, as the part that found it says it.
+    """
+    refuse_many_processes()
+    device = pick_device(config.device)
+    prepare_torch(config, device)
+    datasets: Datasets | None = None
+    if need_data or config.data.path:
+        datasets = build_dataset(config.data, load_tokenizer(config, say=say), seed=config.seed)
+        for line in datasets.report.lines():
+            say(line)
+    loaded = load_model(config, device=device, say=say)
+    injected = apply_injection(config, registry, loaded.model)
+    groups = resolve_groups(loaded.model, injected.adapter, injected.report, registry.phase_resolvers())
+    layer_names = tuple(dict.fromkeys(site.path.rpartition(".")[2] for site in injected.report.sites))
+    phases = plan_phases(config.training.phases, groups, injected.report, layer_names=layer_names)
+    warnings = [*injected.warnings, *phases.warnings]
+    if loaded.dtype == torch.float16:
+        warnings.append("fp16 gradients can underflow in the base; bf16 or fp32 are safer (model.load_precision.mode)")
+    if config.training.gradient_checkpointing:
+        enable_gradient_checkpointing(loaded.model)
+    return Run(
+        config=config,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        source=loaded.source,
+        backbone=injected.backbone.name,
+        report=injected.report,
+        groups=groups,
+        phases=phases,
+        datasets=datasets,
+        device=device,
+        dtype=loaded.dtype,
+        out=out,
+        warnings=tuple(warnings),
+    )
+
+
+def prepare_torch(config: RunConfig, device: torch.device) -> None:
+    """Threads and deterministic kernels, as the preset asks for them."""
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """transformers' own, non-reentrant, which is exact with frozen embeddings too."""
+    enable = getattr(model, "gradient_checkpointing_enable", None) or model.activation_checkpointing_enable
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})

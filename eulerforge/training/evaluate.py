@@ -1,0 +1,55 @@
+"""Held-out loss: the mean over all label tokens of a data set, whatever the batches are."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import attrs
+import torch
+
+from eulerforge.data.batches import collate
+from eulerforge.training.loss import label_token_loss
+
+
+@attrs.frozen(kw_only=True)
+class Evaluation:
+    """``loss`` is in nats per label token, ``tokens`` counts all real tokens, ``seconds`` is wall-clock time."""
+
+    loss: float
+    tokens: int
+    label_tokens: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def to_json(self) -> dict[str, float]:
+        return {**attrs.asdict(self), "perplexity": self.perplexity}
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, rows: Any, batch_size: int, pad_id: int, device: torch.device) -> Evaluation:
+    """Loss of ``model`` on every row of a TokenizedRows; its train or eval mode is put back afterwards.
+
+    Rows go in order of length, longest first: little padding, and a batch that does not fit fails at once.
+    """
+    began, was_training = time.perf_counter(), model.training
+    order = sorted(range(len(rows)), key=lambda index: -int(rows.lengths[index]))
+    total, tokens, label_tokens = 0.0, 0, 0
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = collate(rows, order[start : start + batch_size], pad_id, device)
+            loss, count = label_token_loss(model, batch)
+            total, tokens, label_tokens = total + float(loss), tokens + batch.tokens, label_tokens + count
+    finally:
+        model.train(was_training)
+    return Evaluation(
+        loss=total / max(1, label_tokens),
+        tokens=tokens,
+        label_tokens=label_tokens,
+        seconds=time.perf_counter() - began,
+    )

@@ -1,0 +1,111 @@
+"""How much memory a run used, will need, and what to do when it was too much."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from eulerforge.errors import RunError
+
+if TYPE_CHECKING:
+    from eulerforge.config.schema import RunConfig
+
+_CPU_MARKS = ("can't allocate memory", "out of memory", "DefaultCPUAllocator")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was in use so far: torch's own on CUDA, the process's resident set on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(used if sys.platform == "darwin" else used * 1024)
+
+
+def gib(count: float) -> str:
+    """1536 MiB as "1.50 GiB"."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+@contextmanager
+def out_of_memory_advice(config: RunConfig) -> Iterator[None]:
+    """Turn an out-of-memory error of the block into one that says what to change, with the run's own numbers.
+
+    Raises:
+        RunError: the block ran out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory: {str(error).splitlines()[0] if str(error) else 'no memory left'}",
+                       hint=advice(config)) from error
+
+
+def advice(config: RunConfig) -> str:
+    """What makes a run smaller, most effective first."""
+    training, parts = config.training, []
+    if config.model.load_precision.mode not in ("int4", "int8"):
+        parts.append(f"model.load_precision.mode=int4 (now {config.model.load_precision.mode})")
+    if training.batch_size > 1:
+        smaller = training.batch_size // 2
+        accum = -(-training.batch_size * training.grad_accum_steps // smaller)
+        parts.append(
+            f"training.batch_size={smaller} with training.grad_accum_steps={accum} (now {training.batch_size} and "
+            f"{training.grad_accum_steps}; the result stays the same)"
+        )
+    if not training.gradient_checkpointing:
+        parts.append("training.gradient_checkpointing=true")
+    parts.append(f"a smaller data.max_length (now {config.data.max_length})")
+    rank = getattr(config.injection, "lora_r", None)
+    if rank is not None and rank > 1:
+        parts.append(f"a smaller injection.lora_r (now {rank})")
+    return "try, in this order, --set " + ", ".join(parts)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(mark in str(error) for mark in _CPU_MARKS)
+
+
+def fixed_bytes(model: nn.Module, trained: set[str]) -> dict[str, int]:
+    """Bytes that a run holds all the time; ``trained`` names every parameter that ever trains.
+
+    Gradients are fp32 like the parameters; AdamW keeps two more numbers of the same size.
+    """
+    sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in model.named_parameters()}
+    training = sum(size for name, size in sizes.items() if name in trained)
+    return {
+        "weights": sum(sizes.values()) - training,
+        "trained": training,
+        "gradients": training,
+        "optimizer": 2 * training,
+    }
+
+
+class KeptForBackward:
+    """Counts the bytes that autograd keeps from the forward to the backward pass, parameters left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._skip = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+        self._seen: dict[int, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._seen.values())
+
+    def hooks(self) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._skip:
+            self._seen[storage.data_ptr()] = storage.nbytes()
+        return tensor

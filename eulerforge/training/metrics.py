@@ -1,0 +1,53 @@
+"""metrics.jsonl: one JSON object per optimizer step and per validation, in the order in which they happened."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from eulerforge.config.atomic import write_text_atomic
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends rows; opened at step N, it first drops the rows of later steps, which will be trained again."""
+
+    def __init__(self, folder: Path, *, step: int = 0) -> None:
+        self.path = folder / FILE_NAME
+        kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
+        write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Flush to the disk, so that a checkpoint never knows more steps than this file."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder; a last line that a power failure cut short is left out."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

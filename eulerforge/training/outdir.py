@@ -1,0 +1,99 @@
+"""The run's folder: one writer at a time, and never a run on top of another by accident."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eulerforge.config.atomic import remove_leftovers
+from eulerforge.errors import RunError, UsageError
+from eulerforge.training.checkpoint import MANIFEST_FILE
+from eulerforge.training.final import FOLDER as FINAL
+
+CONFIG_FILE = "resolved_config.toml"
+RECEIPT_FILE = "receipt.json"
+SUMMARY_FILE = "summary.json"
+LOCK_FILE = ".lock"
+_OURS = (CONFIG_FILE, "metrics.jsonl", RECEIPT_FILE, SUMMARY_FILE)
+
+
+def is_used(out: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    return (out / CONFIG_FILE).exists()
+
+
+def is_finished(out: Path) -> bool:
+    return (out / FINAL / MANIFEST_FILE).exists()
+
+
+def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written to or that another run has used; before anything slow is done.
+
+    Raises:
+        UsageError: it is used and neither --resume nor --overwrite is given, or it is not a folder.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other", hint="--resume goes on, --overwrite starts anew")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is not a folder", key="output_dir")
+    if is_used(out) and not (resume or overwrite):
+        state = "a finished run" if is_finished(out) else "an unfinished run"
+        raise UsageError(
+            f"{out} holds {state}",
+            key="output_dir",
+            hint="--overwrite starts anew and deletes it; --output-dir takes another folder"
+            if is_finished(out)
+            else "--resume goes on with it, --overwrite starts anew and deletes it",
+        )
+    if not is_used(out) and any((out / name).exists() for name in (FINAL, *_OURS)):
+        raise UsageError(
+            f"{out} holds files that a run would overwrite, but no run", key="output_dir", hint="take another folder"
+        )
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder, made when it is not there, until the block ends; the system lets go of it if we die.
+
+    Raises:
+        UsageError: another process holds it.
+        RunError: it cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / LOCK_FILE).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror}", hint="take another folder: --output-dir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UsageError(
+                f"another run is writing to {out} (process {file.read().strip() or 'unknown'})",
+                key="output_dir",
+                hint="wait for it, or take another folder: --output-dir",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def clear(out: Path) -> None:
+    """Delete what an earlier run wrote, and nothing else; the folder must be locked and ``is_used``."""
+    for folder in [*out.glob("checkpoint-*"), out / FINAL]:
+        if (folder / MANIFEST_FILE).exists():
+            shutil.rmtree(folder)
+    for name in _OURS:
+        (out / name).unlink(missing_ok=True)
+
+
+def sweep(out: Path, say: Callable[[str], None]) -> None:
+    """Delete what an interrupted write left; the folder must be locked."""
+    for name in remove_leftovers(out):
+        say(f"removed {name}, which an interrupted write left")

@@ -1,0 +1,177 @@
+"""When which parameters train: group names to parameters, and the phases of a run.
+
+A phase begins at an optimizer step. Whatever it does not name is frozen without a gradient, so neither the update nor
+weight decay touches it, and it stays bit-identical until a phase names it again.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+from torch import nn
+
+from eulerforge.api import BackboneAdapter, InjectionReport
+from eulerforge.errors import ConfigError, EulerForgeError, ModelError, PluginError
+
+Groups = Mapping[str, tuple[str, ...]]
+
+
+@attrs.frozen
+class Phase:
+    """From optimizer step ``step`` on, exactly these groups train."""
+
+    step: int
+    groups: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"from step {self.step}: {', '.join(self.groups)}"
+
+
+@attrs.frozen
+class PhasePlan:
+    """The phases in order, the first at step 0, and the parameter names of every group that ever trains."""
+
+    phases: tuple[Phase, ...]
+    groups: Groups
+    warnings: tuple[str, ...] = ()
+
+    def at(self, step: int) -> Phase:
+        return [phase for phase in self.phases if phase.step <= step][-1]
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        return tuple(name for names in self.groups.values() for name in names)
+
+    def names_of(self, phase: Phase) -> tuple[str, ...]:
+        return tuple(name for group in phase.groups for name in self.groups.get(group, ()))
+
+
+def resolve_groups(
+    model: nn.Module,
+    adapter: BackboneAdapter,
+    report: InjectionReport,
+    resolvers: Sequence[tuple[Any, Any]],
+) -> dict[str, tuple[str, ...]]:
+    """Parameter names of every group that the resolvers offer, and of the strategy's own groups.
+
+    Args:
+        resolvers: pairs of PhaseGroupSpec and resolver.
+
+    Raises:
+        PluginError: two resolvers offer one group, a resolver raised, or it named what is not a parameter.
+    """
+    known = {name for name, _ in model.named_parameters()}
+    found: dict[str, tuple[str, ...]] = {}
+    offered_by: dict[str, str] = {}
+    for spec, resolver in resolvers:
+        try:
+            answer = dict(resolver.resolve(model, adapter, report))
+        except EulerForgeError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"phase group resolver {spec.name} raised {type(error).__name__}: {error}",
+                hint="--debug shows the traceback; report it to the plugin's author",
+            ) from error
+        for group, names in answer.items():
+            if group in found:
+                raise PluginError(
+                    f"the phase group {group!r} is offered by {offered_by[group]} and by {spec.name}",
+                    key="training.phases",
+                    hint="switch one of the two plugins off with --no-plugin",
+                )
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise PluginError(f"phase group resolver {spec.name}: {unknown[0]!r} is not a parameter of the model")
+            found[group], offered_by[group] = tuple(names), spec.name
+    for group, names in report.groups.items():
+        found.setdefault(group, names)
+    return found
+
+
+def plan_phases(
+    phases: Sequence[Any], groups: Groups, report: InjectionReport, *, layer_names: Iterable[str] = ()
+) -> PhasePlan:
+    """The phases of a run; without any, one phase that trains every group of the injection.
+
+    Args:
+        phases: PhaseConfig values (step, trainable).
+        layer_names: names of the model's linear modules, for the hint when nothing is trainable.
+
+    Raises:
+        ConfigError: unknown group, no phase at step 0, two phases at one step, or an empty one.
+        ModelError: "No trainable parameters".
+    """
+    if not phases:
+        planned = [Phase(0, tuple(group for group in report.groups if groups.get(group)))]
+    else:
+        planned = sorted((Phase(phase.step, tuple(phase.trainable)) for phase in phases), key=lambda phase: phase.step)
+    if planned[0].step != 0:
+        raise ConfigError(
+            f"the first phase starts at step {planned[0].step}; steps before it would train nothing",
+            key="training.phases",
+            hint="let the first phase start at step 0",
+        )
+    if len({phase.step for phase in planned}) != len(planned):
+        raise ConfigError("two phases start at the same step", key="training.phases", hint="merge the two")
+    warnings: list[str] = []
+    for phase in planned:
+        warnings += _check_phase(phase, groups, report, tuple(layer_names))
+    used = dict.fromkeys(group for phase in planned for group in phase.groups)
+    trained = {group: groups[group] for group in used if groups[group]}
+    _refuse_overlap(trained)
+    return PhasePlan(tuple(planned), trained, tuple(dict.fromkeys(warnings)))
+
+
+def _check_phase(phase: Phase, groups: Groups, report: InjectionReport, layer_names: tuple[str, ...]) -> list[str]:
+    for group in phase.groups:
+        if group not in groups:
+            near = difflib.get_close_matches(group, groups, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"groups: {', '.join(sorted(groups))}"
+            raise ConfigError(f"unknown phase group {group!r}", key="training.phases", hint=hint)
+    warnings = []
+    some = any(groups[group] for group in phase.groups)
+    for group in phase.groups:
+        if groups[group]:
+            continue
+        if group == "router" and some:
+            warnings.append(f"{report.strategy} typically has no router params: remove router from trainable")
+            continue
+        there = ", ".join(f"{name} ({len(names)} tensors)" for name, names in groups.items() if names)
+        hint = f"groups with parameters: {there}" if there else f"layer names: {', '.join(layer_names)}"
+        raise ModelError(
+            f"No trainable parameters in group {group} (phase from step {phase.step})",
+            key="training.phases",
+            hint=f"{hint}; --debug-trainable-names lists what trains",
+        )
+    if not some:
+        raise ModelError(
+            f"No trainable parameters: the phase from step {phase.step} names no group",
+            key="training.phases",
+            hint=f"groups: {', '.join(sorted(groups))}",
+        )
+    return warnings
+
+
+def _refuse_overlap(groups: Groups) -> None:
+    owner: dict[str, str] = {}
+    for group, names in groups.items():
+        for name in names:
+            if owner.setdefault(name, group) != group:
+                raise PluginError(f"{name} is in two phase groups, {owner[name]} and {group}", key="training.phases")
+
+
+def enter_phase(model: nn.Module, plan: PhasePlan, phase: Phase) -> list[nn.Parameter]:
+    """Freeze what the phase does not name; give back its trainable parameters."""
+    wanted = set(plan.names_of(phase))
+    trainable = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        if name in wanted:
+            trainable.append(parameter)
+        else:
+            parameter.grad = None
+    return trainable

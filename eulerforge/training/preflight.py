@@ -1,0 +1,131 @@
+"""``train --preflight``: everything but the training. Nothing is written.
+
+One forward and backward pass per phase proves that every trainable tensor gets a gradient and that no other does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from eulerforge.data.batches import Batch, BatchPlan, collate
+from eulerforge.errors import RunError
+from eulerforge.training.assemble import Run
+from eulerforge.training.loss import label_token_loss
+from eulerforge.training.memory import KeptForBackward, fixed_bytes, gib
+from eulerforge.training.optimizer import make_optimizer
+from eulerforge.training.phases import Phase, enter_phase
+
+SYNTHETIC_LENGTH = 32
+
+
+def preflight(run: Run) -> dict[str, Any]:
+    """Check the run and give back what it would train and need.
+
+    Raises:
+        RunError: a trainable tensor gets no gradient, or the loss is not finite.
+        ConfigError: a base weight that should train is not fp32.
+    """
+    make_optimizer(run.model, run.phases.groups, run.config.training)
+    batch, source = _probe_batch(run)
+    run.model.train()
+    probes = [_probe(run, phase, batch) for phase in run.phases.phases]
+    run.model.eval()
+    parameters = dict(run.model.named_parameters())
+    groups = {
+        group: {"tensors": len(names), "parameters": sum(parameters[name].numel() for name in names)}
+        for group, names in run.phases.groups.items()
+    }
+    training = run.config.training
+    fixed = fixed_bytes(run.model, set(run.phases.trained_names))
+    per_token = max(probe["kept_bytes"] for probe in probes) / batch.input_ids.numel()
+    activations = int(per_token * training.batch_size * run.config.data.max_length)
+    return {
+        "model": run.source.name,
+        "backbone": run.backbone,
+        "strategy": run.config.strategy,
+        "device": str(run.device),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "groups": groups,
+        "phases": [{"step": phase.step, "groups": list(phase.groups)} for phase in run.phases.phases],
+        "injection": run.report.to_json(),
+        "probe": {"batch": source, "loss": probes[0]["loss"], "tensors_with_gradient": probes[0]["tensors"]},
+        "memory": {**fixed, "activations_estimate": activations, "total_estimate": sum(fixed.values()) + activations},
+        "warnings": list(run.warnings),
+    }
+
+
+def preflight_lines(result: dict[str, Any], run: Run) -> list[str]:
+    """The result as a person reads it."""
+    lines = [f"{result['model']}: {result['parameters']:,} parameters, {result['dtype']} on {result['device']}"]
+    lines.append(f"backbone {result['backbone']}, strategy {result['strategy']}")
+    lines += run.report.lines()
+    lines.append("phase groups")
+    for group, facts in result["groups"].items():
+        lines.append(f"  {group:<20} {facts['tensors']:>5} tensors  {facts['parameters']:>14,} parameters")
+    lines += [f"phase {phase}" for phase in run.phases.phases]
+    probe, memory = result["probe"], result["memory"]
+    lines.append(
+        f"one forward and backward on {probe['batch']}: loss {probe['loss']:.4f},"
+        f" every one of {probe['tensors_with_gradient']} trainable tensors gets a gradient"
+    )
+    training = run.config.training
+    lines.append("memory")
+    for name in ("weights", "trained", "gradients", "optimizer"):
+        lines.append(f"  {name:<12} {gib(memory[name]):>12}")
+    lines.append(
+        f"  activations  {gib(memory['activations_estimate']):>12}  (estimated, for {training.batch_size} rows of"
+        f" {run.config.data.max_length} tokens)"
+    )
+    lines.append(f"  total        {gib(memory['total_estimate']):>12}  (estimated)")
+    return lines + [f"warning: {warning}" for warning in result["warnings"]]
+
+
+def _probe(run: Run, phase: Phase, batch: Batch) -> dict[str, Any]:
+    trainable = enter_phase(run.model, run.phases, phase)
+    names = run.phases.names_of(phase)
+    kept = KeptForBackward(run.model)
+    torch.manual_seed(run.config.seed)
+    with kept.hooks():
+        loss_sum, label_tokens = label_token_loss(run.model, batch)
+    loss = loss_sum / label_tokens
+    if not torch.isfinite(loss):
+        raise RunError(
+            f"the loss of the base model is {float(loss.detach())} on the first rows",
+            hint="try model.load_precision.mode=fp32; if that changes nothing, the model's weights are damaged",
+        )
+    loss.backward()
+    got = {name for name, parameter in run.model.named_parameters() if parameter.grad is not None}
+    run.model.zero_grad(set_to_none=True)
+    without = [name for name in names if name not in got]
+    if without:
+        raise RunError(
+            f"{len(without)} of {len(names)} trainable tensors get no gradient ({phase}), {without[0]} first",
+            hint="the layer is not part of the model's forward pass, or a plugin's module cuts the gradient off",
+        )
+    return {"loss": float(loss.detach()), "tensors": len(trainable), "kept_bytes": kept.bytes}
+
+
+def _probe_batch(run: Run) -> tuple[Batch, str]:
+    """The rows of the first micro-batch, or made-up tokens when no data is set."""
+    training = run.config.training
+    if run.datasets is not None:
+        plan = BatchPlan(run.datasets.train, training.batch_size, training.grad_accum_steps, run.config.seed)
+        indices = plan.step_rows(0)[0]
+        return collate(run.datasets.train, indices, run.pad_id, run.device), f"{len(indices)} rows of the data"
+    length = min(SYNTHETIC_LENGTH, run.config.data.max_length)
+    generator = torch.Generator().manual_seed(run.config.seed)
+    vocabulary = int(run.model.get_input_embeddings().weight.shape[0])
+    ids = torch.randint(vocabulary, (2, length), generator=generator).to(run.device)
+    labels = ids.clone()
+    labels[:, 0] = -100
+    batch = Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=labels,
+        tokens=ids.numel(),
+        label_tokens=ids.numel() - len(ids),
+    )
+    return batch, f"2 rows of {length} made-up tokens (no data is set)"

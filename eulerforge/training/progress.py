@@ -1,0 +1,96 @@
+"""What a person sees while a run trains: a bar on a terminal, a line every so many steps elsewhere; all on stderr."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from eulerforge.training.evaluate import Evaluation
+
+
+class Progress:
+    """Plain lines every ``log_steps`` steps: what a log file or a pipe gets."""
+
+    def __init__(self, total_steps: int, log_steps: int) -> None:
+        self.total_steps = total_steps
+        self.log_steps = log_steps
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def step(self, row: dict[str, Any]) -> None:
+        step = row["step"]
+        if step % self.log_steps == 0 or step in (1, self.total_steps):
+            left = (self.total_steps - step) * row["seconds"]
+            self.say(
+                f"step {step}/{self.total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}"
+                f"  grad norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  about {duration(left)} left"
+            )
+
+    def validation(self, step: int, result: Evaluation) -> None:
+        self.say(
+            f"step {step}/{self.total_steps}  held-out loss {result.loss:.4f}"
+            f"  perplexity {result.perplexity:.2f}  ({duration(result.seconds)})"
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class BarProgress(Progress):
+    """A bar with loss, speed and time left; lines still go above it."""
+
+    def __init__(self, total_steps: int, log_steps: int) -> None:
+        super().__init__(total_steps, log_steps)
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("training", total=total_steps, loss="-", speed="-")
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def step(self, row: dict[str, Any]) -> None:
+        self._bar.update(
+            self._task, completed=row["step"], loss=f"{row['loss']:.4f}", speed=f"{row['tokens_per_s']:,.0f}"
+        )
+        super().step(row)
+
+    def __enter__(self) -> BarProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def make_progress(total_steps: int, log_steps: int) -> Progress:
+    return (BarProgress if sys.stderr.isatty() else Progress)(total_steps, log_steps)
+
+
+def duration(seconds: float) -> str:
+    """3725 as "1 h 02 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,102 @@
+"""receipt.json: what exactly a run was made of, so that it can be made again."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+from eulerforge import __version__
+from eulerforge.config.atomic import sha256_of
+from eulerforge.models.device import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from eulerforge.plugins import Registry
+    from eulerforge.training.assemble import Run
+
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "pluggy", "attrs", "cattrs", "numpy", "bitsandbytes")
+
+
+def base_weights(folder: Path) -> dict[str, Any]:
+    """Size and content hash of every safetensors file of a base model, and one hash over all of them."""
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+    joined = "".join(f"{name}:{facts['sha256']}\n" for name, facts in files.items())
+    return {"sha256": hashlib.sha256(joined.encode()).hexdigest(), "files": files}
+
+
+def make_receipt(run: Run, registry: Registry, weights: dict[str, Any]) -> dict[str, Any]:
+    """All that is known of how the run is made; nothing that differs between two equal runs but the machine's names."""
+    validation = run.datasets.validation
+    return {
+        "schema": 1,
+        "eulerforge": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: version for name in LIBRARIES if (version := _version(name)) is not None},
+        "device": _device_name(run.device),
+        "threads": torch.get_num_threads(),
+        "dtype": DTYPE_NAMES.get(run.dtype, str(run.dtype)),
+        "plugins": [
+            {"name": record.name, "distribution": record.distribution, "version": record.version}
+            for record in registry.records
+            if record.status == "ok"
+        ],
+        "backbone": run.backbone,
+        "strategy": run.config.strategy,
+        "seed": run.config.seed,
+        "base": {"name": run.source.name, "kind": run.source.kind, **weights},
+        "data": {
+            "train_sha256": run.datasets.train.sha256,
+            "validation_sha256": validation.sha256 if validation is not None else None,
+            "report": run.datasets.report.to_json(),
+        },
+    }
+
+
+def identity(run: Run, weights: dict[str, Any]) -> dict[str, Any]:
+    """What may not change between the parts of one run, by the key that a user would change it with."""
+    training = run.config.training
+    flat: dict[str, Any] = {
+        "data": run.datasets.train.sha256,
+        "model_name": weights["sha256"],
+        "seed": run.config.seed,
+        "injection.strategy": run.config.strategy,
+        "training.batch_size": training.batch_size,
+        "training.grad_accum_steps": training.grad_accum_steps,
+        "training.phases": [[phase.step, list(phase.groups)] for phase in run.phases.phases],
+    }
+    return flat | _flatten("injection", attrs.asdict(run.config.injection))
+
+
+def _flatten(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}.{key}"
+        if isinstance(value, dict):
+            flat |= _flatten(name, value)
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _version(name: str) -> str | None:
+    # a library that is installed but was not imported had no part in the run
+    if name not in sys.modules and name == "bitsandbytes":
+        return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -1,0 +1,81 @@
+"""What a finished run says: was it worth it, what did it cost, where is it, what comes next."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from eulerforge.training.memory import gib, peak_bytes
+from eulerforge.training.progress import duration
+
+if TYPE_CHECKING:
+    from eulerforge.training.assemble import Run
+    from eulerforge.training.checkpoint import TrainState
+
+
+def make_summary(run: Run, state: TrainState, after: dict[str, Any]) -> dict[str, Any]:
+    """The facts; ``held_out`` is None without validation rows, its ``change`` is relative (-0.1 = 10% lower)."""
+    held_out = None
+    if "held_out_loss" in after:
+        before = state.before.get("held_out_loss")
+        held_out = {
+            "before": before,
+            "after": after["held_out_loss"],
+            "change": after["held_out_loss"] / before - 1.0 if before else None,
+        }
+    samples = [
+        {"prompt": old["prompt"], "base": old["answer"], "tuned": new["answer"], "reference": new["reference"]}
+        for old, new in zip(state.before.get("samples", []), after["samples"], strict=False)
+    ]
+    out = str(run.out)
+    return {
+        "output_dir": out,
+        "final": str(run.out / "final"),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "label_tokens": state.label_tokens,
+        "seconds": state.seconds,
+        "tokens_per_s": state.tokens / state.seconds if state.seconds else None,
+        "peak_memory_bytes": peak_bytes(run.device),
+        "trained_parameters": _count(run),
+        "held_out": held_out,
+        "samples": samples,
+        "next": [
+            f"eulerforge bench {shlex.quote(out)}",
+            f"eulerforge merge {shlex.quote(out)} {shlex.quote(out + '/merged')}",
+        ],
+    }
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The same for a person."""
+    if "steps" not in summary:
+        return [f"{summary['output_dir']} is finished"]
+    lines = []
+    for sample in summary["samples"]:
+        lines += [
+            f"prompt: {sample['prompt'].strip()}",
+            f"  base model:  {sample['base']}",
+            f"  tuned model: {sample['tuned']}",
+        ]
+        if sample["reference"] is not None:
+            lines.append(f"  held-out answer: {sample['reference']}")
+        lines.append("")
+    held_out = summary["held_out"]
+    if held_out is not None:
+        change = held_out["change"]
+        relative = "" if change is None else f" ({abs(change):.1%} {'lower' if change <= 0 else 'HIGHER'})"
+        lines.append(f"held-out loss {held_out['before']:.4f} -> {held_out['after']:.4f}{relative}")
+    speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary["tokens_per_s"] else ""
+    lines += [
+        f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(summary['seconds'])}{speed},"
+        f" peak memory {gib(summary['peak_memory_bytes'])}",
+        f"written to {summary['final']}",
+        *(f"next: {command}" for command in summary["next"]),
+    ]
+    return lines
+
+
+def _count(run: Run) -> int:
+    parameters = dict(run.model.named_parameters())
+    return sum(parameters[name].numel() for name in run.phases.trained_names)
