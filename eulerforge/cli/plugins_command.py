@@ -105,7 +105,9 @@ def _names(record: PluginRecord) -> tuple[set[str], set[str]]:
 
 def _show(args: argparse.Namespace, registry: Registry) -> int:
     records = find_records(registry, args.name)
-    described = [{**record.to_json(), "offers": [_offer_json(registry, one) for one in record.offers]} for record in records]
+    described = [
+        {**record.to_json(), "offers": [_offer_json(registry, one) for one in record.offers]} for record in records
+    ]
     if args.json:
         emit_json({"plugins": described})
         return 0

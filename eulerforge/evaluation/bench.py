@@ -17,11 +17,11 @@ from eulerforge.data.prepared import build_dataset
 from eulerforge.data.render import render_prompt
 from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.errors import UsageError
-from eulerforge.evaluation.samples import Answer, generate_answers
 from eulerforge.export.rundir import OpenBase, attach, locate, open_base
 from eulerforge.lora.merge import merge_in_place
 from eulerforge.models.device import DTYPE_NAMES
 from eulerforge.models.linear_ops import linear_ops_from
+from eulerforge.models.samples import Answer, generate_answers
 from eulerforge.training.evaluate import Evaluation, held_out_loss
 
 if TYPE_CHECKING:

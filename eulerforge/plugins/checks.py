@@ -78,8 +78,9 @@ def _light_modules(record: PluginRecord) -> list[str]:
 def _check_offer(registry: Registry, offer: Offer) -> Iterator[Check]:
     label = f"{offer.kind.replace('_', ' ')} {offer.name}"
     yield _row(f"{label}: fields", lambda: _fields(offer))
-    if isinstance(offer.spec, PresetSpec):
-        yield _row(f"{label}: file", lambda: _preset_file(offer.spec))
+    spec = offer.spec
+    if isinstance(spec, PresetSpec):
+        yield _row(f"{label}: file", lambda: _preset_file(spec))
         return
     made: list[Any] = []
     yield _row(f"{label}: target", lambda: made.append(registry.create(offer.spec)))
@@ -87,8 +88,8 @@ def _check_offer(registry: Registry, offer: Offer) -> Iterator[Check]:
         yield _row(f"{label}: protocol", lambda: _protocol(offer.kind, made[0]))
     else:
         yield Check(f"{label}: protocol", "skipped", "the target does not import")
-    if isinstance(offer.spec, StrategySpec):
-        yield _row(f"{label}: config", lambda: _config(registry, offer.spec))
+    if isinstance(spec, StrategySpec):
+        yield _row(f"{label}: config", lambda: _config(registry, spec))
 
 
 def _row(name: str, check: Callable[[], str | None]) -> Check:

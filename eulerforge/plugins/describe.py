@@ -80,6 +80,6 @@ def _default(attribute: attrs.Attribute[Any]) -> Any:
         return None
     if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
         default = None if default.takes_self else default.factory()  # type: ignore[union-attr]
-    if attrs.has(type(default)):
+    if default is not None and attrs.has(type(default)):
         return attrs.asdict(default)
     return list(default) if isinstance(default, tuple) else default

@@ -22,9 +22,12 @@ ONLY_VARIABLE = "EULERFORGE_PLUGINS"
 class DiscoverableEntryPoint(Protocol):
     """The part of ``importlib.metadata.EntryPoint`` that is used here."""
 
-    name: str
-    value: str
-    dist: Any
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> str: ...
+    @property
+    def dist(self) -> Any: ...
 
     def load(self) -> Any: ...
 
@@ -76,9 +79,7 @@ def candidates(entry_points: Iterable[DiscoverableEntryPoint] | None = None) -> 
         distribution = str(getattr(entry.dist, "name", None) or "unknown")
         version = str(getattr(entry.dist, "version", None) or "?")
         key = (canonical(distribution), entry.name)
-        found.setdefault(
-            key, Candidate(name=entry.name, distribution=distribution, version=version, entry_point=entry)
-        )
+        found.setdefault(key, Candidate(name=entry.name, distribution=distribution, version=version, entry_point=entry))
     return tuple(sorted(found.values(), key=lambda one: (one.name, canonical(one.distribution))))
 
 
@@ -92,8 +93,8 @@ class Block:
     @classmethod
     def of(cls, disable: Sequence[str], environ: Mapping[str, str]) -> Block:
         """From ``--no-plugin`` and the two environment variables; an empty variable counts as not set."""
-        off = {name: DISABLE_VARIABLE for name in _split([environ.get(DISABLE_VARIABLE, "")])}
-        off |= {name: "--no-plugin" for name in _split(disable)}
+        off = dict.fromkeys(_split([environ.get(DISABLE_VARIABLE, "")]), DISABLE_VARIABLE)
+        off |= dict.fromkeys(_split(disable), "--no-plugin")
         return cls(disable=off, only=_split([environ.get(ONLY_VARIABLE, "")]) or None)
 
     def reason(self, candidate: Candidate) -> str | None:

@@ -37,7 +37,9 @@ def isolated(doing: str, call: Callable[[], T]) -> T:
     except (KeyboardInterrupt, PluginFailure):
         raise
     except SystemExit as error:
-        raise PluginFailure(f"it called sys.exit({error.code!r}) while {doing}", trace=traceback.format_exc()) from error
+        raise PluginFailure(
+            f"it called sys.exit({error.code!r}) while {doing}", trace=traceback.format_exc()
+        ) from error
     except BaseException as error:  # plugin code may raise anything, GeneratorExit included
         first = (str(error).strip() or "no message").splitlines()[0]
         raise PluginFailure(

@@ -216,8 +216,9 @@ class Registry:
         if claims:
             plain = name.rpartition(":")[2]
             qualified = [f"{record.distribution}:{plain}" for record, _ in claims]
+            offering = ", ".join(record.qualified_name for record, _ in claims)
             raise PluginError(
-                f"several plugins offer the {words} {plain!r}: {', '.join(record.qualified_name for record, _ in claims)}",
+                f"several plugins offer the {words} {plain!r}: {offering}",
                 key=key,
                 hint=f"write {' or '.join(dict.fromkeys(qualified))}, or switch one off with --no-plugin",
             )

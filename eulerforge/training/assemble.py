@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from torch import nn
 
 from eulerforge.api import InjectionReport
 from eulerforge.config.schema import RunConfig
@@ -122,7 +121,7 @@ def prepare_torch(config: RunConfig, device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def enable_gradient_checkpointing(model: nn.Module) -> None:
+def enable_gradient_checkpointing(model: Any) -> None:
     """transformers' own, non-reentrant, which is exact with frozen embeddings too."""
     enable = getattr(model, "gradient_checkpointing_enable", None) or model.activation_checkpointing_enable
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})

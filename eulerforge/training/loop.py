@@ -52,7 +52,8 @@ def train_loop(
     config, model = run.config.training, run.model
     rows = run.datasets.train
     plan = BatchPlan(rows, config.batch_size, config.grad_accum_steps, run.config.seed)
-    phase, trainable = None, []
+    phase = run.phases.at(state.step)
+    trainable = enter_phase(model, run.phases, phase)
     model.train()
 
     while state.step < total_steps and not stop_wanted():
@@ -61,8 +62,7 @@ def train_loop(
         if run.phases.at(step) != phase:
             phase = run.phases.at(step)
             trainable = enter_phase(model, run.phases, phase)
-            if len(run.phases.phases) > 1:
-                progress.say(f"step {step}: training {', '.join(phase.groups)}")
+            progress.say(f"step {step}: now training {', '.join(phase.groups)}")
 
         rate = learning_rate(step, total_steps, config)
         for group in optimizer.param_groups:

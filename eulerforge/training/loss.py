@@ -52,7 +52,9 @@ def summed_cross_entropy(
     return total
 
 
-def _chunk_loss(head: nn.Module, hidden_CH: torch.Tensor, labels_C: torch.Tensor, softcap: float | None) -> torch.Tensor:
+def _chunk_loss(
+    head: nn.Module, hidden_CH: torch.Tensor, labels_C: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
     logits_CV = head(hidden_CH).float()
     if softcap is not None:
         logits_CV = torch.tanh(logits_CV / softcap) * softcap

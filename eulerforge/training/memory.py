@@ -44,8 +44,9 @@ def out_of_memory_advice(config: RunConfig) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise RunError(f"out of memory: {str(error).splitlines()[0] if str(error) else 'no memory left'}",
-                       hint=advice(config)) from error
+        raise RunError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'no memory left'}", hint=advice(config)
+        ) from error
 
 
 def advice(config: RunConfig) -> str:

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def make_optimizer(
-    model: nn.Module, groups: Mapping[str, Sequence[str]], config: TrainingConfig
-) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, groups: Mapping[str, Sequence[str]], config: TrainingConfig) -> torch.optim.AdamW:
     """One parameter group per phase group, frozen ones included, so that a group's state survives its pauses.
 
     A parameter without a gradient is not touched by AdamW: neither by the update nor by the weight decay.
@@ -61,9 +59,7 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * max(0.0, shape))
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module
-) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """The optimizer's state by parameter name and key, on the CPU; parameters that never trained have none."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {

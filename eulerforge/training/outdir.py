@@ -37,7 +37,9 @@ def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
         UsageError: it is used and neither --resume nor --overwrite is given, or it is not a folder.
     """
     if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other", hint="--resume goes on, --overwrite starts anew")
+        raise UsageError(
+            "--resume and --overwrite exclude each other", hint="--resume goes on, --overwrite starts anew"
+        )
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is not a folder", key="output_dir")
     if is_used(out) and not (resume or overwrite):
@@ -67,7 +69,9 @@ def locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / LOCK_FILE).open("a+", encoding="utf-8")
     except OSError as error:
-        raise RunError(f"{out} cannot be written: {error.strerror}", hint="take another folder: --output-dir") from error
+        raise RunError(
+            f"{out} cannot be written: {error.strerror}", hint="take another folder: --output-dir"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ from eulerforge.config.atomic import write_json_atomic, write_text_atomic
 from eulerforge.data.batches import BatchPlan
 from eulerforge.data.render import render_prompt
 from eulerforge.errors import CheckpointError, Problem, Stopped
-from eulerforge.evaluation.samples import generate_answers
+from eulerforge.models.samples import generate_answers
 from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say, assemble, refuse_many_processes
 from eulerforge.training.checkpoint import TrainState, latest_complete, load_checkpoint, read_state, save_checkpoint

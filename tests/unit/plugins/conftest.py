@@ -50,7 +50,9 @@ class Shop:
         dist = SimpleNamespace(name=distribution or f"dist-{name}", version="1.2.3")
         self.entry_points.append(FakeEntryPoint(name, module, dist))
 
-    def strategy(self, name: str, *, offers: str | None = None, distribution: str | None = None, extra: str = "") -> None:
+    def strategy(
+        self, name: str, *, offers: str | None = None, distribution: str | None = None, extra: str = ""
+    ) -> None:
         """A plugin that offers one strategy."""
         self.plugin(
             name,

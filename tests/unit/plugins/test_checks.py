@@ -17,7 +17,8 @@ def strategy(target: str = "shop_target:Strategy", config: str = "shop_config:Co
     return f"""
     @hookimpl
     def eulerforge_strategies():
-        return [StrategySpec(name="one", target="{target}", config_target="{config}", summary="{summary}", groups=("lora",))]
+        return [StrategySpec(name="one", target="{target}", config_target="{config}", summary="{summary}",
+                             groups=("lora",))]
     """
 
 
@@ -38,7 +39,11 @@ def test_a_good_plugin_passes_every_check(shop):
     ("source", "row", "reason"),
     [
         (strategy(target="shop_target:Absent"), "target", "has no attribute"),
-        (strategy(target="shop_target:Short"), "protocol", "inject(model) cannot be called as inject(model, adapter, config, context)"),
+        (
+            strategy(target="shop_target:Short"),
+            "protocol",
+            "inject(model) cannot be called as inject(model, adapter, config, context)",
+        ),
         (strategy(target="shop_target:Resolver"), "protocol", "has no method inject"),
         (strategy(config="shop_config:NoAttrs"), "config", "extends InjectionConfig"),
         (strategy(config="shop_config:Silent"), "config", "no help text: scale"),
@@ -72,7 +77,9 @@ def test_other_kinds(shop):
     )
     found = rows(shop)
     failures = {name: why for name, (status, why) in found.items() if status == "failed"}
-    assert found["backbone b: protocol"] == found["phase group g: protocol"] == found["preset there: file"] == ("ok", "")
+    assert (
+        found["backbone b: protocol"] == found["phase group g: protocol"] == found["preset there: file"] == ("ok", "")
+    )
     assert failures == {
         "backbone none: fields": "model_types is empty",
         "backbone none: protocol": "Strategy has no default_keywords",

@@ -38,7 +38,9 @@ def test_a_blocked_plugin_is_never_imported(shop, name, how):
         registry = shop.registry(environ={"EULERFORGE_DISABLE_PLUGINS": f" {name} , quiet"})
     loud, quiet = registry.records
     assert loud.status == "disabled"
-    assert loud.reason == ("switched off by --no-plugin" if how == "option" else "switched off by EULERFORGE_DISABLE_PLUGINS")
+    assert loud.reason == (
+        "switched off by --no-plugin" if how == "option" else "switched off by EULERFORGE_DISABLE_PLUGINS"
+    )
     assert loud.module not in sys.modules
     assert quiet.status == ("ok" if how == "option" else "disabled")
     assert not registry.warnings

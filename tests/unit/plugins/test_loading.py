@@ -18,10 +18,14 @@ FAULTS = {
     "generator_exit": ("raise GeneratorExit", "GeneratorExit while loading: no message"),
     "syntax": ("def (:", "SyntaxError while loading"),
     "missing": ("import shop_not_there", "ModuleNotFoundError while loading: No module named 'shop_not_there'"),
-    "hook_raises": ("@hookimpl\ndef eulerforge_presets():\n    raise KeyError('k')", "KeyError while calling eulerforge_presets"),
+    "hook_raises": (
+        "@hookimpl\ndef eulerforge_presets():\n    raise KeyError('k')",
+        "KeyError while calling eulerforge_presets",
+    ),
     "hook_exits": ("import sys\n@hookimpl\ndef eulerforge_presets():\n    sys.exit()", "sys.exit(None) while calling"),
     "late_raise": (
-        "@hookimpl\ndef eulerforge_presets():\n    yield PresetSpec(name='p', package='x', file='y')\n    raise ValueError('late')",
+        "@hookimpl\ndef eulerforge_presets():\n"
+        "    yield PresetSpec(name='p', package='x', file='y')\n    raise ValueError('late')",
         "ValueError while calling eulerforge_presets: late",
     ),
     "misspelt": ("@hookimpl\ndef eulerforge_strategy():\n    return []", "there is no hook eulerforge_strategy"),
@@ -32,7 +36,10 @@ FAULTS = {
         "@hookimpl\ndef eulerforge_presets():\n    return PresetSpec(name='p', package='x', file='y')",
         "must return a list of PresetSpec, not PresetSpec",
     ),
-    "text": ("@hookimpl\ndef eulerforge_backbones():\n    return 'llama'", "must return a list of BackboneSpec, not str"),
+    "text": (
+        "@hookimpl\ndef eulerforge_backbones():\n    return 'llama'",
+        "must return a list of BackboneSpec, not str",
+    ),
     "wrong_type": (
         "@hookimpl\ndef eulerforge_backbones():\n    return [PresetSpec(name='p', package='x', file='y')]",
         "must return a list of BackboneSpec; it has a PresetSpec",
@@ -143,5 +150,8 @@ def test_strict_refuses_and_names_all(shop):
     with pytest.raises(PluginError) as caught:
         shop.registry(strict=True)
     assert caught.value.exit_code == 3
-    assert [problem.message.split(" is ")[0] for problem in caught.value.problems] == ["plugin dist-x:x", "plugin dist-y:y"]
+    assert [problem.message.split(" is ")[0] for problem in caught.value.problems] == [
+        "plugin dist-x:x",
+        "plugin dist-y:y",
+    ]
     shop.registry(strict=True, disable=["x", "y"])

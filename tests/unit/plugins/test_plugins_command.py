@@ -55,7 +55,10 @@ def test_a_name_that_blocks_nothing_warns(shop, run):
     shop.strategy("good")
     code, _, err = run("list", "--no-plugin", "god")
     assert code == 0
-    assert err.splitlines() == ["warning: --no-plugin: no installed plugin is called 'god'", "hint: did you mean 'good'?"]
+    assert err.splitlines() == [
+        "warning: --no-plugin: no installed plugin is called 'god'",
+        "hint: did you mean 'good'?",
+    ]
 
 
 def test_no_plugins(run):
@@ -66,7 +69,7 @@ def test_no_plugins(run):
 
 @pytest.mark.parametrize("name", ["entry", "dist-entry", "dist-entry:entry", "offered", "dist-entry:offered", "uno"])
 def test_show_finds_a_plugin_by_each_of_its_names(shop, run, name):
-    shop.strategy("entry", offers="'offered'", extra=", aliases=('uno',)")
+    shop.strategy("entry", offers="offered", extra=", aliases=('uno',)")
     code, out, _ = run("show", name)
     assert code == 0
     assert "entry: ok" in out
@@ -113,4 +116,6 @@ def test_check(shop, run):
     code, out, _ = run("check", "bad", "--json")
     data = json.loads(out)["data"]
     assert (code, data["passed"]) == (3, False)
-    assert {"name": "load", "status": "failed", "reason": "RuntimeError while loading: deep"} in data["plugins"][0]["checks"]
+    assert {"name": "load", "status": "failed", "reason": "RuntimeError while loading: deep"} in data["plugins"][0][
+        "checks"
+    ]

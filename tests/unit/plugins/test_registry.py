@@ -160,7 +160,9 @@ def test_a_contested_group_belongs_to_nobody(shop):
 def test_an_undeclared_group_is_refused(shop):
     shop.plugin("phases", RESOLVER.format(name="standard", groups=("lora",)))
     ((_, resolver),) = shop.registry().phase_resolvers()
-    assert "names the group 'router', which it does not declare" in str(failed(lambda: resolver.resolve(None, None, None)))
+    assert "names the group 'router', which it does not declare" in str(
+        failed(lambda: resolver.resolve(None, None, None))
+    )
 
 
 def test_a_resolver_that_raises_is_named(shop):
@@ -175,7 +177,12 @@ def test_a_resolver_that_raises_is_named(shop):
         """,
     )
     for name in ("Bug", "Says"):
-        shop.plugin(name.lower(), RESOLVER.format(name=name.lower(), groups=(name,)).replace("shop_target:Resolver", f"shop_resolvers:{name}"))
+        shop.plugin(
+            name.lower(),
+            RESOLVER.format(name=name.lower(), groups=(name,)).replace(
+                "shop_target:Resolver", f"shop_resolvers:{name}"
+            ),
+        )
     (_, bug), (_, says) = shop.registry().phase_resolvers()
     assert "plugin dist-bug:bug: bug: ZeroDivisionError" in str(failed(lambda: bug.resolve(None, None, None)))
     with pytest.raises(ModelError, match="no router"):
@@ -195,7 +202,9 @@ def test_linear_ops_asks_each_plugin_in_its_own_try(shop):
 
 
 def test_presets(shop):
-    shop.plugin("p", "@hookimpl\ndef eulerforge_presets():\n    return [PresetSpec(name='mine', package='x', file='p.toml')]")
+    shop.plugin(
+        "p", "@hookimpl\ndef eulerforge_presets():\n    return [PresetSpec(name='mine', package='x', file='p.toml')]"
+    )
     assert [spec.name for spec in shop.registry().presets()] == ["mine"]
 
 

@@ -21,7 +21,9 @@ class DemoLlama:
 
     def find_sites(self, layer: nn.Module) -> Sequence[Site]:
         return [
-            Site(path, ROLES.get(path, "other")) for path, module in layer.named_modules() if isinstance(module, nn.Linear)
+            Site(path, ROLES.get(path, "other"))
+            for path, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
         ]
 
     def find_routers(self, layer: nn.Module) -> Sequence[str]:

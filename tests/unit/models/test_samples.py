@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from eulerforge.evaluation.samples import end_tokens, generate_answers
+from eulerforge.models.samples import end_tokens, generate_answers
 
 
 def reference(model: torch.nn.Module, prompt: list[int], ends: list[int], limit: int) -> list[int]:
