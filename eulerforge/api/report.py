@@ -15,15 +15,18 @@ class Site:
     ``path`` is relative to the layer (``mlp.gate_proj``).
     ``role`` is one of an open set (``ffn.gate``, ``attn.q``, ``experts.gate_up``...); ``other`` when the adapter has no
     name for it.
+    ``parameter`` is None for a linear module; for weights that a module holds as bare parameters, such as the experts
+    of a mixture fused into one tensor, it names the parameter: ``Site("mlp.experts", "experts.down", "down_proj")``.
     """
 
     path: str
     role: str
+    parameter: str | None = None
 
     @property
     def name(self) -> str:
-        """The last component of the path: what an exact keyword is compared with."""
-        return self.path.rpartition(".")[2]
+        """What an exact keyword is compared with: the parameter, else the last component of the path."""
+        return self.parameter or self.path.rpartition(".")[2]
 
 
 @attrs.frozen(kw_only=True)
@@ -32,6 +35,7 @@ class SiteReport:
 
     ``path`` is the module's full path, ``parameters`` the full names of the parameters that were added, and ``group``
     the phase group that they train in.
+    ``base_parameter`` is the adapted parameter's name where the module holds it bare, as ``Site.parameter`` is.
     """
 
     path: str
@@ -46,6 +50,7 @@ class SiteReport:
     out_features: int
     parameters: tuple[str, ...] = attrs.field(converter=tuple)
     parameter_count: int
+    base_parameter: str | None = None
 
 
 @attrs.frozen(kw_only=True)
