@@ -79,9 +79,7 @@ def lines(report: BenchReport) -> list[str]:
     change = "lower" if report.gain >= 0 else "HIGHER"
     text.append(f"the held-out loss is {abs(report.gain):.1%} {change} than the base's")
     for sample in report.samples:
-        text += ["", f"prompt: {sample.prompt.strip()}", f"  base:  {sample.base}", f"  tuned: {sample.tuned}"]
-        if sample.reference is not None:
-            text.append(f"  reference: {sample.reference}")
+        text += ["", *sample.lines()]
     return text
 
 

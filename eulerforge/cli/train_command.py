@@ -79,9 +79,12 @@ def _refuse_ignored_flags(args: argparse.Namespace) -> None:
             "--resume and --overwrite exclude each other", hint="--resume goes on, --overwrite starts anew"
         )
     if chosen:
-        idle = [flag for flag in ("resume", "overwrite") if getattr(args, flag)]
+        idle = [flag for flag in ("resume", "overwrite", "debug_every") if getattr(args, flag)]
+        if args.debug_trainable_names and chosen != ["preflight"]:
+            idle.append("debug_trainable_names")
         if idle:
-            raise UsageError(f"--{idle[0]} does nothing with {names[0]}, which trains nothing", hint="leave it out")
+            flag = idle[0].replace("_", "-")
+            raise UsageError(f"--{flag} does nothing with {names[0]}, which trains nothing", hint="leave it out")
     if args.debug_every is not None and not args.debug:
         raise UsageError("--debug-every does nothing without --debug", hint="give --debug too")
 
@@ -106,12 +109,11 @@ def _preflight(args: argparse.Namespace, loaded: LoadedConfig, registry: Registr
     with out_of_memory_advice(loaded.run):
         made = assemble(loaded.run, registry, out=Path(str(loaded.run.output_dir)), need_data=False, say=say)
         result = preflight(made)
+    names = trainable_lines(made.model, made.phases) if args.debug_trainable_names else []
     if args.json:
-        emit_json(result)
+        emit_json({**result, "trainable": names} if args.debug_trainable_names else result)
     else:
-        print("\n".join(preflight_lines(result, made)))
-        if args.debug_trainable_names:
-            print("\n".join(trainable_lines(made.model, made.phases)))
+        print("\n".join([*preflight_lines(result, made), *names]))
     return 0
 
 

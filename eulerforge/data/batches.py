@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
@@ -73,6 +73,11 @@ class BatchPlan:
             self._order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.rows))
             self._epoch = epoch
         return int(self._order[place])
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills a row; masked everywhere, so any valid one does."""
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
 
 
 def collate(rows: TokenizedRows, indices: Sequence[int], pad_id: int, device: torch.device | str) -> Batch:

@@ -43,14 +43,18 @@ class RowPreview:
         """The row's text with marks around its runs, such as ⟦ and ⟧."""
         parts = []
         for run in self.runs:
-            # A row must not be able to steer the terminal.
-            text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", run.text)
+            text = harmless(run.text)
             parts.append(f"{trained_start}{text}{trained_end}" if run.trained else f"{masked_start}{text}{masked_end}")
         return "".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         plain = attrs.asdict(self)
         return {**plain, "runs": [attrs.asdict(run) for run in self.runs]}
+
+
+def harmless(text: str) -> str:
+    """Text with its control characters spelled out: a row must not be able to steer the terminal."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def preview_rows(rows: TokenizedRows, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[RowPreview]:

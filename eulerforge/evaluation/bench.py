@@ -13,8 +13,8 @@ import attrs
 
 from eulerforge.config.cachedir import cache_root
 from eulerforge.config.schema import DataConfig, ValidationConfig
+from eulerforge.data.batches import pad_id
 from eulerforge.data.prepared import build_dataset
-from eulerforge.data.render import render_prompt
 from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.errors import UsageError
 from eulerforge.export.rundir import OpenBase, attach, locate, open_base
@@ -23,6 +23,7 @@ from eulerforge.models.device import DTYPE_NAMES
 from eulerforge.models.linear_ops import linear_ops_from
 from eulerforge.models.samples import Answer, generate_answers
 from eulerforge.training.evaluate import Evaluation, held_out_loss
+from eulerforge.training.prompts import Sample, SamplePrompt, sample_prompts
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -42,16 +43,6 @@ class Scores:
     def of(cls, evaluation: Evaluation) -> Scores:
         speed = evaluation.tokens / evaluation.seconds if evaluation.seconds else 0.0
         return cls(loss=evaluation.loss, perplexity=evaluation.perplexity, tokens_per_second=speed)
-
-
-@attrs.frozen(kw_only=True)
-class Sample:
-    """One prompt with the base's and the tuned model's answer; ``reference`` is the row's own, where there is one."""
-
-    prompt: str
-    base: str
-    tuned: str
-    reference: str | None
 
 
 @attrs.frozen(kw_only=True)
@@ -107,11 +98,9 @@ def run_bench(request: BenchRequest, *, registry: Registry, say: Say) -> BenchRe
     rows = held_out_rows(base, request.data)
     settings = base.run.evaluation
     count = settings.samples if request.samples is None else request.samples
-    own_prompts = request.prompts or settings.prompts
-    chosen = range(min(count, len(rows)))
-    prompts: list[Sequence[int]] = [render_prompt(base.tokenizer, base.run.data, text) for text in own_prompts]
-    prompts += [rows.prompt(index).tolist() for index in chosen]
-    references = [None] * len(own_prompts) + [_reference(base.tokenizer, rows, index) for index in chosen]
+    prompts = sample_prompts(
+        base.tokenizer, base.run.data, texts=request.prompts or settings.prompts, rows=rows, count=count
+    )
     limit = request.max_new_tokens or settings.max_new_tokens
 
     say(f"measuring the base on {len(rows):,} held-out rows")
@@ -135,8 +124,8 @@ def run_bench(request: BenchRequest, *, registry: Registry, say: Say) -> BenchRe
         base=Scores.of(before),
         tuned=Scores.of(after),
         samples=tuple(
-            Sample(prompt=old.prompt, base=old.text, tuned=new.text, reference=reference)
-            for old, new, reference in zip(base_answers, tuned_answers, references, strict=True)
+            Sample(prompt=prompt.text, base=old.text, tuned=new.text, reference=prompt.reference)
+            for prompt, old, new in zip(prompts, base_answers, tuned_answers, strict=True)
         ),
         notes=location.notes,
     )
@@ -162,7 +151,7 @@ def held_out_rows(base: OpenBase, data: tuple[str, ...] = ()) -> TokenizedRows:
 
 
 def _measure(
-    opened: OpenBase, rows: TokenizedRows, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    opened: OpenBase, rows: TokenizedRows, prompts: Sequence[SamplePrompt], max_new_tokens: int
 ) -> tuple[Evaluation, list[Answer]]:
     settings = opened.run
     evaluation = held_out_loss(
@@ -172,14 +161,5 @@ def _measure(
         pad_id=pad_id(opened.tokenizer),
         device=opened.device,
     )
-    return evaluation, generate_answers(opened.model, opened.tokenizer, prompts, max_new_tokens=max_new_tokens)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The id that fills a row; masked everywhere, so any valid one does."""
-    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
-
-
-def _reference(tokenizer: Any, rows: TokenizedRows, index: int) -> str:
-    ids, labelled = rows.row(index)
-    return str(tokenizer.decode(ids[labelled.astype(bool)].tolist(), skip_special_tokens=True)).strip()
+    ids = [prompt.ids for prompt in prompts]
+    return evaluation, generate_answers(opened.model, opened.tokenizer, ids, max_new_tokens=max_new_tokens)

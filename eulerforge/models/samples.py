@@ -17,7 +17,6 @@ import torch
 class Answer:
     """What a model wrote after a prompt, special tokens left out; ``tokens`` counts all that it generated."""
 
-    prompt: str
     text: str
     tokens: int
     seconds: float
@@ -72,7 +71,6 @@ def _answer(model: Any, tokenizer: Any, prompt: list[int], settings: Any) -> Ans
     written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     new = written[0, len(prompt) :].tolist()
     return Answer(
-        prompt=tokenizer.decode(prompt, skip_special_tokens=True),
         text=tokenizer.decode(new, skip_special_tokens=True).strip(),
         tokens=len(new),
         seconds=time.perf_counter() - start,

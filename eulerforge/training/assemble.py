@@ -12,6 +12,7 @@ import torch
 
 from eulerforge.api import InjectionReport
 from eulerforge.config.schema import RunConfig
+from eulerforge.data.batches import pad_id
 from eulerforge.data.prepared import Datasets, build_dataset
 from eulerforge.errors import UsageError
 from eulerforge.lora.apply import apply_injection
@@ -49,8 +50,7 @@ class Run:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills a row; masked everywhere, so any valid one does."""
-        return int(self.tokenizer.pad_token_id) if self.tokenizer.pad_token_id is not None else 0
+        return pad_id(self.tokenizer)
 
     @property
     def eval_batch_size(self) -> int:

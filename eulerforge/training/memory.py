@@ -55,8 +55,9 @@ def advice(config: RunConfig) -> str:
     if config.model.load_precision.mode not in ("int4", "int8"):
         parts.append(f"model.load_precision.mode=int4 (now {config.model.load_precision.mode})")
     if training.batch_size > 1:
-        smaller = training.batch_size // 2
-        accum = -(-training.batch_size * training.grad_accum_steps // smaller)
+        rows = training.batch_size * training.grad_accum_steps
+        smaller = max(size for size in range(1, training.batch_size // 2 + 1) if rows % size == 0)
+        accum = rows // smaller
         parts.append(
             f"training.batch_size={smaller} with training.grad_accum_steps={accum} (now {training.batch_size} and "
             f"{training.grad_accum_steps}; the result stays the same)"

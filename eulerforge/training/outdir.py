@@ -51,7 +51,7 @@ def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
             if is_finished(out)
             else "--resume goes on with it, --overwrite starts anew and deletes it",
         )
-    if not is_used(out) and any((out / name).exists() for name in (FINAL, *_OURS)):
+    if not is_used(out) and (any((out / name).exists() for name in (FINAL, *_OURS)) or any(out.glob("checkpoint-*"))):
         raise UsageError(
             f"{out} holds files that a run would overwrite, but no run", key="output_dir", hint="take another folder"
         )

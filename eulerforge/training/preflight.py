@@ -51,7 +51,7 @@ def preflight(run: Run) -> dict[str, Any]:
         "groups": groups,
         "phases": [{"step": phase.step, "groups": list(phase.groups)} for phase in run.phases.phases],
         "injection": run.report.to_json(),
-        "probe": {"batch": source, "loss": probes[0]["loss"], "tensors_with_gradient": probes[0]["tensors"]},
+        "probe": {"batch": source, "loss": probes[0]["loss"], "tensors_with_gradient": len(run.phases.trained_names)},
         "memory": {**fixed, "activations_estimate": activations, "total_estimate": sum(fixed.values()) + activations},
         "warnings": list(run.warnings),
     }
@@ -84,7 +84,7 @@ def preflight_lines(result: dict[str, Any], run: Run) -> list[str]:
 
 
 def _probe(run: Run, phase: Phase, batch: Batch) -> dict[str, Any]:
-    trainable = enter_phase(run.model, run.phases, phase)
+    enter_phase(run.model, run.phases, phase)
     names = run.phases.names_of(phase)
     kept = KeptForBackward(run.model)
     torch.manual_seed(run.config.seed)
@@ -105,7 +105,7 @@ def _probe(run: Run, phase: Phase, batch: Batch) -> dict[str, Any]:
             f"{len(without)} of {len(names)} trainable tensors get no gradient ({phase}), {without[0]} first",
             hint="the layer is not part of the model's forward pass, or a plugin's module cuts the gradient off",
         )
-    return {"loss": float(loss.detach()), "tensors": len(trainable), "kept_bytes": kept.bytes}
+    return {"loss": float(loss.detach()), "kept_bytes": kept.bytes}
 
 
 def _probe_batch(run: Run) -> tuple[Batch, str]:

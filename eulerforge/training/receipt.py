@@ -64,9 +64,10 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any]) -> dict[
 
 def identity(run: Run, weights: dict[str, Any]) -> dict[str, Any]:
     """What may not change between the parts of one run, by the key that a user would change it with."""
-    training = run.config.training
+    training, validation = run.config.training, run.datasets.validation
     flat: dict[str, Any] = {
         "data": run.datasets.train.sha256,
+        "data.validation": validation.sha256 if validation is not None else None,
         "model_name": weights["sha256"],
         "seed": run.config.seed,
         "injection.strategy": run.config.strategy,

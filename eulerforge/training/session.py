@@ -11,7 +11,6 @@ import attrs
 
 from eulerforge.config.atomic import write_json_atomic, write_text_atomic
 from eulerforge.data.batches import BatchPlan
-from eulerforge.data.render import render_prompt
 from eulerforge.errors import CheckpointError, Problem, Stopped
 from eulerforge.models.samples import generate_answers
 from eulerforge.training import outdir
@@ -24,6 +23,7 @@ from eulerforge.training.memory import out_of_memory_advice
 from eulerforge.training.metrics import MetricsLog
 from eulerforge.training.optimizer import make_optimizer
 from eulerforge.training.progress import make_progress
+from eulerforge.training.prompts import sample_prompts
 from eulerforge.training.receipt import base_weights, identity, make_receipt
 from eulerforge.training.signals import StopRequest
 from eulerforge.training.summary import make_summary
@@ -144,7 +144,14 @@ class _Session:
         if newest is None:
             self.say(f"{self.out} has no complete checkpoint: starting at step 0")
             return
-        refuse_changes(read_state(newest).identity, self.state.identity)
+        saved = read_state(newest)
+        refuse_changes(saved.identity, self.state.identity)
+        if saved.step > self.total_steps:
+            raise CheckpointError(
+                f"{newest} is at step {saved.step}, and the run would end at step {self.total_steps} now",
+                key="training.max_train_steps",
+                hint="put it back to go on with --resume, or start anew with --overwrite or another --output-dir",
+            )
         self.state = load_checkpoint(newest, self.run.model, self.optimizer, self.run.phases.trained_names)
         self.saved_at = self.state.step
         self.say(f"resumed from {newest} at step {self.state.step}")
@@ -172,18 +179,14 @@ class _Session:
     def _answers(self) -> list[dict[str, Any]]:
         """The model's answers to the preset's prompts and to the first held-out rows."""
         config, rows, tokenizer = self.run.config.evaluation, self.run.datasets.validation, self.run.tokenizer
-        prompts: list[list[int]] = [render_prompt(tokenizer, self.run.config.data, text) for text in config.prompts]
-        references: list[str | None] = [None] * len(prompts)
-        for index in range(min(config.samples, len(rows) if rows is not None else 0)):
-            ids, labelled = rows.row(index)
-            prompts.append(rows.prompt(index).tolist())
-            references.append(tokenizer.decode(ids[labelled.astype(bool)].tolist(), skip_special_tokens=True).strip())
+        prompts = sample_prompts(tokenizer, self.run.config.data, texts=config.prompts, rows=rows, count=config.samples)
         if not prompts:
             return []
-        answers = generate_answers(self.run.model, tokenizer, prompts, max_new_tokens=config.max_new_tokens)
+        ids = [prompt.ids for prompt in prompts]
+        answers = generate_answers(self.run.model, tokenizer, ids, max_new_tokens=config.max_new_tokens)
         return [
-            {"prompt": answer.prompt, "answer": answer.text, "reference": reference}
-            for answer, reference in zip(answers, references, strict=True)
+            {"prompt": prompt.text, "answer": answer.text, "reference": prompt.reference}
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from eulerforge.training.memory import gib, peak_bytes
 from eulerforge.training.progress import duration
+from eulerforge.training.prompts import Sample
 
 if TYPE_CHECKING:
     from eulerforge.training.assemble import Run
@@ -23,9 +26,18 @@ def make_summary(run: Run, state: TrainState, after: dict[str, Any]) -> dict[str
             "after": after["held_out_loss"],
             "change": after["held_out_loss"] / before - 1.0 if before else None,
         }
+    # by prompt, not by place: a resumed run may ask other prompts than it began with
+    base_answers = {old["prompt"]: old["answer"] for old in state.before.get("samples", [])}
     samples = [
-        {"prompt": old["prompt"], "base": old["answer"], "tuned": new["answer"], "reference": new["reference"]}
-        for old, new in zip(state.before.get("samples", []), after["samples"], strict=False)
+        attrs.asdict(
+            Sample(
+                prompt=new["prompt"],
+                base=base_answers.get(new["prompt"]),
+                tuned=new["answer"],
+                reference=new["reference"],
+            )
+        )
+        for new in after["samples"]
     ]
     out = str(run.out)
     return {
@@ -53,19 +65,13 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         return [f"{summary['output_dir']} is finished"]
     lines = []
     for sample in summary["samples"]:
-        lines += [
-            f"prompt: {sample['prompt'].strip()}",
-            f"  base model:  {sample['base']}",
-            f"  tuned model: {sample['tuned']}",
-        ]
-        if sample["reference"] is not None:
-            lines.append(f"  held-out answer: {sample['reference']}")
-        lines.append("")
+        lines += [*Sample(**sample).lines(), ""]
     held_out = summary["held_out"]
     if held_out is not None:
         change = held_out["change"]
         relative = "" if change is None else f" ({abs(change):.1%} {'lower' if change <= 0 else 'HIGHER'})"
-        lines.append(f"held-out loss {held_out['before']:.4f} -> {held_out['after']:.4f}{relative}")
+        before = "" if held_out["before"] is None else f"{held_out['before']:.4f} -> "
+        lines.append(f"held-out loss {before}{held_out['after']:.4f}{relative}")
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary["tokens_per_s"] else ""
     lines += [
         f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(summary['seconds'])}{speed},"

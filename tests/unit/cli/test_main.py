@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -28,13 +29,22 @@ def test_light_commands_import_nothing_heavy_and_answer_at_once(arguments: list[
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stderr.splitlines()[-1] == "HEAVY [] CODE 0"
     assert ran.stdout or ran.stderr.count("\n") > 1
-    took = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "eulerforge", *arguments], capture_output=True, check=True)
-        took.append(time.perf_counter() - start)
-    # the fastest of five: a shared machine is slow now and then, an import of torch is slow every time
-    assert min(took) < 2 * seconds, f"{arguments} took {min(took):.3f} s"
+    # CPU seconds, which other processes do not lengthen much, and the best of up to ten tries: a shared machine is slow
+    # now and then, an import of torch is slow every time
+    best = math.inf
+    for _ in range(10):
+        best = min(best, cpu_seconds([sys.executable, "-m", "eulerforge", *arguments]))
+        if best < seconds:
+            return
+    pytest.fail(f"{arguments} took {best:.3f} s of CPU, the bound is {seconds} s")
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """User and system time of one finished child process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 @pytest.mark.parametrize(

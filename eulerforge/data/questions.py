@@ -1,0 +1,44 @@
+"""What a person asked in a row: read again from its line, because token ids don't say where turns begin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from eulerforge.data.files import find_files
+from eulerforge.data.read import BadRows, read_rows
+from eulerforge.data.rows import ChatRow, RowParser
+from eulerforge.data.tokenized import TokenizedRows
+
+if TYPE_CHECKING:
+    from eulerforge.config.schema import DataConfig
+
+
+def question_of(rows: TokenizedRows, index: int, config: DataConfig, tokenizer: Any) -> str | None:
+    """The last thing that the user says before the first answer of a row.
+
+    None for a row without turns, and where the prompt does not hold it: cut short, or the file has changed since.
+    """
+    if config.format == "processed":
+        return None
+    file_index, line = (int(number) for number in rows.origins[index])
+    (file,) = find_files([rows.files[file_index]])
+    prompt = tokenizer.decode(rows.prompt(index).tolist(), skip_special_tokens=True)
+    parser, bad = RowParser(config.schema), BadRows()
+    for source in read_rows(file, bad):
+        if source.line > line:
+            break
+        row = parser.parse(source, bad) if source.line == line else None
+        # a JSON array may have several rows on one line
+        if isinstance(row, ChatRow) and (question := _before_first_answer(row)) and question in prompt:
+            return question
+    return None
+
+
+def _before_first_answer(row: ChatRow) -> str:
+    said = ""
+    for message in row.messages:
+        if message.role == "assistant":
+            break
+        if message.role == "user":
+            said = message.content
+    return said.strip()

@@ -1,0 +1,73 @@
+"""A run of a tiny model with the real plugins: its folder, its settings, and the ways to start it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+BACKBONES = {"llama": "llama3", "qwen3": "qwen3"}
+FILES = ("adapter.safetensors", "optimizer.safetensors")
+
+
+def prepare(folder: Path, family: str = "llama", *, rows: int = 24, **sizes: Any) -> Path:
+    """``base`` (a tiny model with its tokenizer) and ``rows.jsonl`` in ``folder``."""
+    tiny.save_tiny(folder / "base", family, **sizes)
+    tiny.write_rows(folder / "rows.jsonl", rows)
+    return folder
+
+
+def settings(folder: Path, family: str = "llama", **changes: Any) -> list[str]:
+    """What ``--set`` takes, one string per key; ``training__lr=1`` changes ``training.lr``, None takes a key out."""
+    keys: dict[str, Any] = {
+        "model_name": str(folder / "base"),
+        "backbone": BACKBONES[family],
+        "device": "cpu",
+        "model.load_precision.mode": "fp32",
+        "output_dir": str(folder / "run"),
+        "injection.lora_r": 4,
+        "injection.lora_alpha": 8,
+        "injection.attn_lora.enabled": True,
+        "data.path": str(folder / "rows.jsonl"),
+        "data.max_length": 128,
+        "training.lr": 0.02,
+        "training.max_train_steps": 4,
+        "training.batch_size": 2,
+        "training.log_steps": 1,
+    }
+    keys |= {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
+
+
+def arguments(folder: Path, family: str = "llama", **changes: Any) -> list[str]:
+    """The words of ``eulerforge train`` for these settings."""
+    words = ["train"]
+    for setting in settings(folder, family, **changes):
+        words += ["--set", setting]
+    return words
+
+
+def loaded(folder: Path, family: str = "llama", **changes: Any) -> Any:
+    """The LoadedConfig of these settings."""
+    from eulerforge.config import load_run_config
+    from eulerforge.plugins import load_registry
+
+    return load_run_config(None, settings(folder, family, **changes), strategy_configs=load_registry().strategy_config)
+
+
+def assembled(folder: Path, family: str = "llama", **changes: Any) -> Any:
+    """A Run that is ready to train; ``folder`` must be prepared."""
+    from eulerforge.plugins import load_registry
+    from eulerforge.training.assemble import assemble
+
+    config = loaded(folder, family, **changes).run
+    return assemble(config, load_registry(), out=Path(config.output_dir))
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what a clock or the machine put there."""
+    timed = ("seconds", "tokens_per_s", "peak_memory_bytes")
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]

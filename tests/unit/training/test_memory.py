@@ -1,0 +1,92 @@
+"""Sizes, the advice after an out-of-memory stop, and the count of what autograd keeps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tinyrun
+import torch
+from torch import nn
+
+from eulerforge.errors import RunError
+from eulerforge.training.memory import KeptForBackward, advice, fixed_bytes, gib, out_of_memory_advice, peak_bytes
+
+
+def test_gib() -> None:
+    assert gib(1536 * 2**20) == "1.50 GiB"
+    assert gib(2**20) == "1.0 MiB"
+
+
+def test_the_peak_is_the_high_water_mark_of_the_process() -> None:
+    status = Path("/proc/self/status").read_text()
+    kilobytes = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
+    assert peak_bytes(torch.device("cpu")) == pytest.approx(kilobytes * 1024, rel=0.05)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: out of memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_becomes_advice_with_the_run_s_numbers(tmp_path: Path, error: Exception) -> None:
+    config = tinyrun.loaded(tmp_path, training__batch_size=6, training__grad_accum_steps=2).run
+    with pytest.raises(RunError, match="out of memory: ") as failed, out_of_memory_advice(config):
+        raise error
+    assert "\n" not in str(failed.value)
+    hint = failed.value.problems[0].hint or ""
+    parts = [
+        "model.load_precision.mode=int4 (now fp32)",
+        "training.batch_size=3 with training.grad_accum_steps=4 (now 6 and 2",
+        "training.gradient_checkpointing=true",
+        "data.max_length (now 128)",
+        "injection.lora_r (now 4)",
+    ]
+    places = [hint.find(part) for part in parts]
+    assert min(places) >= 0, hint
+    assert places == sorted(places)
+
+
+def test_other_errors_pass_through(tmp_path: Path) -> None:
+    config = tinyrun.loaded(tmp_path).run
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_advice(config):
+        raise RuntimeError("shapes cannot be multiplied")
+
+
+@pytest.mark.parametrize(("batch", "accum"), [(2, 1), (3, 1), (5, 1), (5, 4), (7, 3), (8, 2), (9, 1)])
+def test_the_smaller_batch_has_the_same_rows_per_step(tmp_path: Path, batch: int, accum: int) -> None:
+    config = tinyrun.loaded(tmp_path, training__batch_size=batch, training__grad_accum_steps=accum).run
+    found = re.search(r"batch_size=(\d+) with training.grad_accum_steps=(\d+)", advice(config))
+    assert found is not None
+    smaller, more = map(int, found.groups())
+    assert smaller < batch
+    assert smaller * more == batch * accum
+
+
+def test_advice_names_only_what_can_still_be_changed(tmp_path: Path) -> None:
+    config = tinyrun.loaded(
+        tmp_path, training__batch_size=1, injection__lora_r=1, training__gradient_checkpointing=True,
+        model__load_precision__mode="int4",
+    ).run  # fmt: skip
+    assert advice(config) == "try, in this order, --set a smaller data.max_length (now 128)"
+
+
+def test_fixed_bytes_are_counted_by_hand() -> None:
+    model = nn.ModuleDict({"base": nn.Linear(10, 10, bias=False).to(torch.bfloat16), "adapter": nn.Linear(5, 2)})
+    sizes = fixed_bytes(model, {"adapter.weight", "adapter.bias"})
+    assert sizes == {"weights": 200, "trained": 48, "gradients": 48, "optimizer": 96}
+
+
+def test_what_autograd_keeps_is_counted_once_and_without_parameters() -> None:
+    layer = nn.Linear(8, 8, bias=False)
+    x = torch.randn(4, 8, requires_grad=True)
+    kept = KeptForBackward(layer)
+    with kept.hooks():
+        y = layer(x)  # keeps x (128 bytes) and the weight
+        (y * y).sum()  # keeps y twice: one storage of 128 bytes
+    assert kept.bytes == 256

@@ -1,0 +1,103 @@
+"""The run's folder: refused, locked, cleared."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eulerforge.errors import RunError, UsageError
+from eulerforge.training import outdir
+
+
+def run_in(out: Path, *, finished: bool = False) -> Path:
+    out.mkdir(exist_ok=True)
+    (out / outdir.CONFIG_FILE).write_text("")
+    for name in ("checkpoint-2", *([outdir.FINAL] if finished else [])):
+        (out / name).mkdir()
+        (out / name / outdir.MANIFEST_FILE).write_text("{}")
+    return out
+
+
+def test_a_fresh_folder_an_absent_one_and_a_folder_with_other_things_are_free(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "absent" / "deep"):
+        outdir.check_free(out, resume=False, overwrite=False)
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize(("finished", "hint"), [(False, "--resume goes on"), (True, "--overwrite starts anew")])
+def test_a_used_folder_is_refused_and_says_what_to_do(tmp_path: Path, finished: bool, hint: str) -> None:
+    out = run_in(tmp_path, finished=finished)
+    assert outdir.is_used(out)
+    assert outdir.is_finished(out) is finished
+    with pytest.raises(UsageError, match="finished run") as refused:
+        outdir.check_free(out, resume=False, overwrite=False)
+    assert hint in (refused.value.problems[0].hint or "")
+    outdir.check_free(out, resume=True, overwrite=False)
+    outdir.check_free(out, resume=False, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "receipt.json", "final", "checkpoint-500"])
+def test_what_looks_like_a_run_but_is_none_is_never_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    for resume, overwrite in ((False, False), (True, False), (False, True)):
+        with pytest.raises(UsageError, match="but no run"):
+            outdir.check_free(tmp_path, resume=resume, overwrite=overwrite)
+
+
+def test_resume_and_overwrite_together_and_a_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="exclude each other"):
+        outdir.check_free(tmp_path, resume=True, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is not a folder"):
+        outdir.check_free(tmp_path / "file", resume=False, overwrite=False)
+
+
+def test_one_writer_at_a_time_and_the_next_when_it_has_gone(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib\nfrom eulerforge.training.outdir import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match=rf"another run is writing .*process {other.pid}"), outdir.locked(out):
+            pass
+        other.kill()
+    with outdir.locked(out):
+        assert (out / outdir.LOCK_FILE).read_text() == str(os.getpid())
+    with outdir.locked(out):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"), outdir.locked(tmp_path / "file" / "run"):
+        pass
+
+
+def test_clear_takes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    out = run_in(tmp_path, finished=True)
+    for name in ("metrics.jsonl", "receipt.json", "summary.json", "notes.txt"):
+        (out / name).write_text("")
+    (out / "checkpoint-9").mkdir()
+    (out / "checkpoint-9" / "weights.bin").write_text("not ours: it has no manifest")
+    outdir.clear(out)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-9", "notes.txt"]
+
+
+def test_sweep_says_what_it_removes(tmp_path: Path) -> None:
+    (tmp_path / ".staging-checkpoint-3-x").mkdir()
+    (tmp_path / "kept").mkdir()
+    said: list[str] = []
+    outdir.sweep(tmp_path, said.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert len(said) == 1
+    assert ".staging-checkpoint-3-x" in said[0]
