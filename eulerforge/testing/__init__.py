@@ -1,0 +1,1 @@
+"""For tests and plugin authors; the core never imports this package."""
