@@ -71,3 +71,36 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     timed = ("seconds", "tokens_per_s", "peak_memory_bytes")
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
+def train_steps(run: Any, steps: int) -> Any:
+    """Train an assembled run in its real loop; gives back the optimizer. Nothing but metrics.jsonl is written."""
+    from eulerforge.training.checkpoint import TrainState
+    from eulerforge.training.loop import train_loop
+    from eulerforge.training.metrics import MetricsLog
+    from eulerforge.training.optimizer import make_optimizer
+    from eulerforge.training.progress import Progress
+
+    optimizer = make_optimizer(run.model, run.phases.groups, run.config.training)
+    run.out.mkdir(parents=True, exist_ok=True)
+    with MetricsLog(run.out) as log:
+        train_loop(
+            run,
+            optimizer,
+            TrainState(),
+            total_steps=steps,
+            log=log,
+            progress=Progress(steps, steps),
+            save=lambda: run.out,
+        )
+    return optimizer
+
+
+def randomize_B(run: Any, seed: int = 5) -> None:
+    """Give every lora_B values, so that every adapter tensor has a gradient that is not zero."""
+    import torch
+
+    random = torch.Generator().manual_seed(seed)
+    for name, parameter in run.model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(std=0.05, generator=random)

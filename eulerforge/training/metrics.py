@@ -14,11 +14,16 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends rows; opened at step N, it first drops the rows of later steps, which will be trained again."""
+    """Appends rows; opened at step N, it first drops the rows of later steps, which will be trained again.
 
-    def __init__(self, folder: Path, *, step: int = 0) -> None:
+    With ``ended`` N is the last step: its held-out loss will be measured again too.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, ended: bool = False) -> None:
         self.path = folder / FILE_NAME
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
+        if ended:
+            kept = [row for row in kept if row["step"] < step or "held_out_loss" not in row]
         write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file: TextIO = self.path.open("a", encoding="utf-8")
 

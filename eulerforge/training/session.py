@@ -78,7 +78,8 @@ class _Session:
         self._announce()
         self._open_folder()
         progress = make_progress(self.total_steps, self.training.log_steps)
-        with MetricsLog(self.out, step=self.state.step) as log, progress:
+        ended = self.state.step == self.total_steps
+        with MetricsLog(self.out, step=self.state.step, ended=ended) as log, progress:
             if not self.state.before:
                 self.state.before = {**validate(self.run, 0, log, progress), "samples": self._answers()}
             with StopRequest() as stop:

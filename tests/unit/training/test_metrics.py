@@ -30,6 +30,17 @@ def test_a_resumed_run_drops_the_rows_that_it_trains_again(tmp_path: Path) -> No
     assert read_metrics(tmp_path)[1]["loss"] == 2 / 3
 
 
+def test_the_last_measure_is_not_written_twice(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        for row in ({"step": 1, "held_out_loss": 3.0}, {"step": 2, "loss": 1.0}, {"step": 2, "held_out_loss": 2.0}):
+            log.write(row)
+    with MetricsLog(tmp_path, step=2):
+        assert len(read_metrics(tmp_path)) == 3, "a validation in the middle of a run is kept"
+    with MetricsLog(tmp_path, step=2, ended=True):
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+        assert "loss" in read_metrics(tmp_path)[1]
+
+
 def test_a_run_that_begins_at_step_0_begins_an_empty_file(tmp_path: Path) -> None:
     write(tmp_path, 1, 2)
     write(tmp_path)
