@@ -2,6 +2,9 @@
 
 Everything is written beside its destination, flushed to the disk, and then appears through one rename; a machine that
 loses power in between leaves at most a folder whose name starts with ``.staging-``.
+A folder that is replaced changes places with the new one in one step, where the file system can do that; elsewhere the
+old one has the name ``.replaced-<name>`` for a moment, and whoever writes next puts it back.
+Bytes go through ``os.write`` and names through ``os.rename``, so that a test can die at each of them.
 """
 
 from __future__ import annotations
@@ -18,6 +21,11 @@ from pathlib import Path
 from typing import Any
 
 STAGING_PREFIX = ".staging-"
+REPLACED_PREFIX = ".replaced-"
+_RENAME_EXCHANGE = 2  # of renameat2(2)
+_AT_FDCWD = -100
+_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+_WRITE_BYTES = 64 << 20
 _EXISTS = (errno.EEXIST, errno.ENOTEMPTY)  # what a rename onto a filled folder gives
 
 
@@ -36,16 +44,33 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of ``data``, however little the system takes at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view[:_WRITE_BYTES]) :]
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file; not flushed, which is for whoever commits the folder to do."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        write_all(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in one step; a reader sees the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=STAGING_PREFIX, dir=path.parent)
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            write_all(descriptor, text.encode("utf-8"))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable for the owner only
         temporary.replace(path)
     finally:
@@ -63,22 +88,21 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """A fresh folder beside ``final`` that becomes ``final`` when the block ends well, and vanishes when it raises.
 
     Args:
-        replace: ``final`` may exist already; it is put away first and deleted afterwards.
+        replace: ``final`` may exist already; it is there until the new one is, and deleted afterwards.
 
     Raises:
         FileExistsError: ``final`` exists and ``replace`` is False.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
+    if replace:
+        _put_back(final)
     staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{final.name}-", dir=final.parent))
     staging.chmod(0o777 & ~_umask())
     try:
         yield staging
         _flush_tree(staging)
         if replace and final.exists():
-            old = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}old-", dir=final.parent))
-            final.rename(old / final.name)
-            staging.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
+            _replace(staging, final)
         else:
             _rename_new(staging, final)
         fsync_path(final.parent)
@@ -103,6 +127,54 @@ def remove_leftovers(folder: Path) -> list[str]:
         names.append(path.name)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return names
+
+
+def put_back_replaced(folder: Path) -> list[str]:
+    """Give folders their names back that an interrupted replacement hid; give back those names.
+
+    Only for the folder's sole writer.
+    """
+    finals = [path.with_name(path.name.removeprefix(REPLACED_PREFIX)) for path in folder.glob(f"{REPLACED_PREFIX}*")]
+    return [final.name for final in sorted(finals) if _put_back(final)]
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names of one file system change places in one step; False where the system cannot."""
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not Linux, or an old C library
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _replace(staging: Path, final: Path) -> None:
+    """Put ``staging`` in the place of ``final``; what was ``final`` is deleted, now or with the staging folder."""
+    if exchange(staging, final):
+        return
+    hidden = final.with_name(f"{REPLACED_PREFIX}{final.name}")
+    final.rename(hidden)
+    staging.rename(final)
+    fsync_path(final.parent)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _put_back(final: Path) -> bool:
+    """Undo or finish a replacement that was interrupted; True when ``final`` has come back by it."""
+    hidden = final.with_name(f"{REPLACED_PREFIX}{final.name}")
+    if not hidden.is_dir():
+        return False
+    if final.exists():
+        shutil.rmtree(hidden)
+        return False
+    hidden.rename(final)
+    return True
 
 
 def _rename_new(staging: Path, final: Path) -> None:

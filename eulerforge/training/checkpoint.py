@@ -1,27 +1,37 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped, complete or invisible.
 
 ``checkpoint-<step>/`` holds ``adapter.safetensors`` (every tensor that ever trains, fp32), ``optimizer.safetensors``,
-``state.json``, and ``manifest.json`` with the size and sha256 of each, written last.
+``state.json``, and ``manifest.json`` with the size and sha256 of each, written when the others are on the disk.
+The order of a save: stage, flush the files, manifest, flush, one rename, flush the folder; only then are old ones deleted.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from eulerforge.api import InjectionReport
-from eulerforge.config.atomic import STAGING_PREFIX, sha256_of, staged_folder, write_json_atomic
+from eulerforge.config.atomic import (
+    STAGING_PREFIX,
+    fsync_path,
+    sha256_of,
+    staged_folder,
+    write_file,
+    write_json_atomic,
+)
 from eulerforge.errors import CheckpointError, RunError
 from eulerforge.lora.state import adapter_state
+from eulerforge.training.memory import gib
 from eulerforge.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -29,19 +39,27 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 SCHEMA = 1
+OTHER_HINT = "use another checkpoint of the run"
+SLACK_BYTES = 1 << 20
+"""What a checkpoint needs beside its tensors: headers, state, manifest, blocks that are not full."""
 
 
 @attrs.define(kw_only=True)
 class TrainState:
     """How far a run is. ``step`` counts finished optimizer steps; ``seconds`` is time spent in steps.
 
+    ``skipped`` counts the steps whose loss or gradient was not finite.
     ``identity`` says what the run is made of, by configuration key; ``before`` is what was measured of the base.
+    ``held_out`` is the last held-out loss, {step, loss}; ``run_id`` tells the checkpoints of two runs apart.
     """
 
     step: int = 0
     tokens: int = 0
     label_tokens: int = 0
     seconds: float = 0.0
+    skipped: int = 0
+    run_id: str = ""
+    held_out: dict[str, Any] = attrs.field(factory=dict)
     identity: dict[str, Any] = attrs.field(factory=dict)
     before: dict[str, Any] = attrs.field(factory=dict)
 
@@ -62,25 +80,92 @@ def save_checkpoint(
     trained_names: tuple[str, ...],
     *,
     keep_last: int | None = None,
+    keep_best: int | None = None,
 ) -> Path:
-    """Write ``checkpoint-<step>`` and delete the oldest ones beyond ``keep_last``.
+    """Write ``checkpoint-<step>``, then delete what ``rotate`` names.
+
+    Raises:
+        RunError: the disk is full or not writable, or a tensor is not finite; earlier checkpoints are as they were.
+    """
+    folder = out / f"checkpoint-{state.step}"
+    adapter, moments = trained_tensors(model, trained_names), optimizer_tensors(optimizer, model)
+    refuse_not_finite(adapter | moments, folder)
+    with room_for(folder, tensor_bytes(adapter) + tensor_bytes(moments)):
+        with staged_folder(folder, replace=True) as staging:
+            write_tensors(staging / ADAPTER_FILE, adapter)
+            write_tensors(staging / OPTIMIZER_FILE, moments)
+            write_state(staging, state)
+            write_manifest(staging, "checkpoint", state.step, report, run_id=state.run_id, held_out=_loss_at(state))
+        for old in rotate(out, state, keep_last=keep_last, keep_best=keep_best):
+            delete_folder(old)
+    return folder
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A safetensors file, by our own writes and not the library's: the same tensors give the same bytes."""
+    write_file(path, save(dict(tensors), metadata={"format": "pt"}))
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@contextmanager
+def room_for(folder: Path, needed: int, *, hint: str = "") -> Iterator[None]:
+    """Refuse a write that will not fit, and name the numbers when one fails.
 
     Raises:
         RunError: the disk is full or not writable.
     """
-    folder = out / f"checkpoint-{state.step}"
+    needed += SLACK_BYTES
+    hint = f"make room{hint}, then go on with --resume; earlier checkpoints are untouched"
+    numbers = f"{gib(needed)} ({needed:,} bytes) are needed"
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise RunError(f"{folder} was not written: {numbers} and {gib(free)} ({free:,} bytes) are free", hint=hint)
     try:
-        with staged_folder(folder, replace=True) as staging:
-            save_file(trained_tensors(model, trained_names), staging / ADAPTER_FILE, metadata={"format": "pt"})
-            save_file(optimizer_tensors(optimizer, model), staging / OPTIMIZER_FILE, metadata={"format": "pt"})
-            write_state(staging, state)
-            write_manifest(staging, "checkpoint", state.step, report)
-        if keep_last is not None:
-            for old in _folders(out)[keep_last:]:
-                _delete(old)
+        yield
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder} could not be written: {error}", hint="make room, then go on with --resume") from error
-    return folder
+        free = shutil.disk_usage(folder.parent).free
+        raise RunError(
+            f"{folder} could not be written: {error}; {numbers}, {gib(free)} ({free:,} bytes) are free", hint=hint
+        ) from error
+
+
+def refuse_not_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Raises RunError when a tensor holds NaN or infinity: a checkpoint is always one to go on from."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"{folder} was not written: {name} is not finite",
+                hint="a smaller training.lr or a longer warm-up usually mends it; --resume goes on from the last one",
+            )
+
+
+def rotate(out: Path, state: TrainState, *, keep_last: int | None, keep_best: int | None) -> list[Path]:
+    """The checkpoints that may go after the one of ``state`` was written, oldest first.
+
+    Only complete ones of the same run are counted and named: a damaged one never takes the place of a good one.
+    ``keep_best`` keeps those of the lowest held-out loss; without ``keep_last`` the newest one stays beside them.
+    """
+    if keep_last is None and keep_best is None:
+        return []
+    own: list[tuple[Path, float | None]] = []
+    for folder in _folders(out):
+        try:
+            manifest = _read_manifest(folder)
+            _check_sizes(folder, manifest)
+        except CheckpointError:
+            continue
+        if manifest.get("run_id", "") == state.run_id:
+            own.append((folder, manifest.get("held_out_loss")))
+    # one beyond this step lies on a branch that the run has left, and may not count as the newest
+    past = [(folder, loss) for folder, loss in own if _step_of(folder) <= state.step]
+    measured = sorted(
+        ((loss, -_step_of(folder), folder) for folder, loss in past if loss is not None), key=lambda entry: entry[:2]
+    )
+    kept = {folder for folder, _ in past[: keep_last or 1]} | {folder for *_, folder in measured[: keep_best or 0]}
+    return [folder for folder, _ in reversed(past) if folder not in kept]
 
 
 def load_checkpoint(
@@ -123,16 +208,26 @@ def read_state(folder: Path) -> TrainState:
         raise CheckpointError(f"{folder / STATE_FILE} cannot be read: {error}") from error
 
 
-def write_manifest(folder: Path, kind: str, step: int, report: InjectionReport) -> None:
-    """List every file of ``folder`` with size and hash; the last file to be written."""
+def write_manifest(
+    folder: Path,
+    kind: str,
+    step: int,
+    report: InjectionReport,
+    *,
+    run_id: str = "",
+    held_out: float | None = None,
+) -> None:
+    """Flush every file of ``folder`` to the disk, then list each with size and hash: the last file to be written."""
     from eulerforge import __version__
 
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file() and not path.name.startswith(STAGING_PREFIX)
-    }
-    manifest = {"schema": SCHEMA, "kind": kind, "step": step, "eulerforge": __version__, "files": files}
+    paths = [
+        path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(STAGING_PREFIX)
+    ]
+    for path in paths:
+        fsync_path(path)
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+    manifest = {"schema": SCHEMA, "kind": kind, "step": step, "run_id": run_id, "eulerforge": __version__}
+    manifest |= {"held_out_loss": held_out, "files": files}
     write_json_atomic(folder / MANIFEST_FILE, {**manifest, "injection": report.to_json()})
 
 
@@ -142,49 +237,88 @@ def verify(folder: Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: it says which file is wrong and how.
     """
-    hint = "use another checkpoint of the run"
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {MANIFEST_FILE}: it is not complete", hint=hint) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST_FILE} cannot be read: {error}", hint=hint) from error
-    if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(f"{folder} has format {manifest.get('schema')}, this version reads {SCHEMA}", hint=hint)
-    for name, facts in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: {name} is missing", hint=hint)
-        if path.stat().st_size != facts["size"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {facts['size']}", hint=hint)
-        if sha256_of(path) != facts["sha256"]:
-            raise CheckpointError(f"{path} has changed since it was written", hint=hint)
+    manifest = _read_manifest(folder)
+    _check_sizes(folder, manifest)
+    for name, facts in manifest["files"].items():
+        if sha256_of(folder / name) != facts["sha256"]:
+            raise CheckpointError(f"{folder / name} has changed since it was written", hint=OTHER_HINT)
     return manifest
 
 
-def latest_complete(out: Path, *, say: Callable[[str], None] | None = None) -> Path | None:
-    """The newest checkpoint of a run that passes ``verify``; what is skipped on the way is said, with the reason."""
+def latest_complete(out: Path, *, say: Callable[[str], None] | None = None, run_id: str = "") -> Path | None:
+    """The newest checkpoint that passes ``verify``; what is skipped on the way is said, with the reason.
+
+    With ``run_id``, those of another run are skipped too; one that has none was written before there were any.
+    """
+    for folder in complete_checkpoints(out, say=say, run_id=run_id):
+        return folder
+    return None
+
+
+def complete_checkpoints(
+    out: Path, *, say: Callable[[str], None] | None = None, run_id: str = ""
+) -> Iterator[Path]:
+    """Every checkpoint that ``latest_complete`` might give, newest first."""
     for folder in _folders(out):
         try:
-            verify(folder)
+            theirs = verify(folder).get("run_id", "")
             read_state(folder)
+            if run_id and theirs and theirs != run_id:
+                raise CheckpointError(f"it belongs to another run ({theirs}, this one is {run_id})")
         except CheckpointError as error:
             if say is not None:
                 say(f"skipped {folder.name}: {error}")
             continue
-        return folder
-    return None
+        yield folder
+
+
+def delete_folder(folder: Path) -> None:
+    """Hide first, then delete: a half-deleted checkpoint is never seen under its name."""
+    hidden = folder.with_name(f"{STAGING_PREFIX}deleted-{folder.name}")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    folder.rename(hidden)
+    fsync_path(folder.parent)
+    shutil.rmtree(hidden)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        for facts in manifest["files"].values():
+            facts["size"], facts["sha256"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {MANIFEST_FILE}: it is not complete", hint=OTHER_HINT) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST_FILE} cannot be read: {error}", hint=OTHER_HINT) from error
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{folder} has format {manifest.get('schema')}, this version reads {SCHEMA}", hint=OTHER_HINT
+        )
+    return manifest
+
+
+def _check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / MANIFEST_FILE} names a file outside its folder: {name}", hint=OTHER_HINT)
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {name} is missing", hint=OTHER_HINT)
+        if path.stat().st_size != facts["size"]:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {facts['size']}", hint=OTHER_HINT)
 
 
 def _folders(out: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
     found = [path for path in out.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: -int(path.name[11:]))
+    return sorted(found, key=lambda path: -_step_of(path))
 
 
-def _delete(folder: Path) -> None:
-    """Hide first, then delete: a half-deleted checkpoint is never seen under its name."""
-    hidden = folder.with_name(f"{STAGING_PREFIX}deleted-{folder.name}")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
+def _step_of(folder: Path) -> int:
+    return int(folder.name[11:])
+
+
+def _loss_at(state: TrainState) -> float | None:
+    """The held-out loss of exactly this step, if it was measured."""
+    return state.held_out.get("loss") if state.held_out.get("step") == state.step else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -30,11 +31,26 @@ class Evaluation:
         return {**attrs.asdict(self), "perplexity": self.perplexity}
 
 
+class EvaluationStopped(Exception):
+    """A stop was asked for before all rows were measured; there is no result."""
+
+
 @torch.no_grad()
-def held_out_loss(model: Any, rows: Any, batch_size: int, pad_id: int, device: torch.device) -> Evaluation:
+def held_out_loss(
+    model: Any,
+    rows: Any,
+    batch_size: int,
+    pad_id: int,
+    device: torch.device,
+    *,
+    stop_wanted: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """Loss of ``model`` on every row of a TokenizedRows; its train or eval mode is put back afterwards.
 
     Rows go in order of length, longest first: little padding, and a batch that does not fit fails at once.
+
+    Raises:
+        EvaluationStopped: ``stop_wanted`` became true between two batches.
     """
     began, was_training = time.perf_counter(), model.training
     order = sorted(range(len(rows)), key=lambda index: -int(rows.lengths[index]))
@@ -42,6 +58,8 @@ def held_out_loss(model: Any, rows: Any, batch_size: int, pad_id: int, device: t
     model.eval()
     try:
         for start in range(0, len(order), batch_size):
+            if stop_wanted():
+                raise EvaluationStopped
             batch = collate(rows, order[start : start + batch_size], pad_id, device)
             loss, count = label_token_loss(model, batch)
             total, tokens, label_tokens = total + float(loss), tokens + batch.tokens, label_tokens + count

@@ -10,19 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from eulerforge.api import InjectionReport
 from eulerforge.config.atomic import staged_folder
-from eulerforge.errors import RunError
 from eulerforge.training.checkpoint import (
     ADAPTER_FILE,
     TrainState,
+    refuse_not_finite,
+    room_for,
+    tensor_bytes,
     trained_tensors,
     write_manifest,
     write_state,
+    write_tensors,
 )
 
 FOLDER = "final"
@@ -43,22 +44,20 @@ def save_final(
     """Write ``final``: adapters, state and, with ``include_base``, the full state dict in shards.
 
     Raises:
-        RunError: the disk is full or not writable.
+        RunError: the disk is full or not writable, or an adapter is not finite.
     """
     folder = out / FOLDER
-    try:
-        with staged_folder(folder, replace=True) as staging:
-            save_file(trained_tensors(model, trained_names), staging / ADAPTER_FILE, metadata={"format": "pt"})
-            if include_base:
-                # tied weights are stored once, as transformers does
-                save_torch_state_dict(
-                    model.state_dict(), staging, filename_pattern=FULL_PATTERN, max_shard_size=max_shard
-                )
-            write_state(staging, state)
-            write_manifest(staging, FOLDER, state.step, report)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{folder} could not be written: {error}",
-            hint="make room, or --set checkpoint.include_base=false; then --resume writes it from the last checkpoint",
-        ) from error
+    adapter = trained_tensors(model, trained_names)
+    refuse_not_finite(adapter, folder)
+    # by address: tied weights are stored once
+    stored = {str(tensor.data_ptr()): tensor for tensor in model.state_dict().values()} if include_base else {}
+    with (
+        room_for(folder, tensor_bytes(adapter) + tensor_bytes(stored), hint=", or --set checkpoint.include_base=false"),
+        staged_folder(folder, replace=True) as staging,
+    ):
+        write_tensors(staging / ADAPTER_FILE, adapter)
+        if include_base:
+            save_torch_state_dict(model.state_dict(), staging, filename_pattern=FULL_PATTERN, max_shard_size=max_shard)
+        write_state(staging, state)
+        write_manifest(staging, FOLDER, state.step, report, run_id=state.run_id)
     return folder

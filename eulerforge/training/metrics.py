@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-from eulerforge.config.atomic import write_text_atomic
+from eulerforge.config.atomic import write_all, write_text_atomic
+from eulerforge.errors import RunError
 
 FILE_NAME = "metrics.jsonl"
 
@@ -17,6 +20,7 @@ class MetricsLog:
     """Appends rows; opened at step N, it first drops the rows of later steps, which will be trained again.
 
     With ``ended`` N is the last step: its held-out loss will be measured again too.
+    Every method raises RunError when the disk is full or not writable.
     """
 
     def __init__(self, folder: Path, *, step: int = 0, ended: bool = False) -> None:
@@ -24,16 +28,28 @@ class MetricsLog:
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
         if ended:
             kept = [row for row in kept if row["step"] < step or "held_out_loss" not in row]
-        write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        with self._faults():
+            write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with self._faults():
+            write_all(self._descriptor, (json.dumps(row) + "\n").encode())
 
     def sync(self) -> None:
         """Flush to the disk, so that a checkpoint never knows more steps than this file."""
-        os.fsync(self._file.fileno())
+        with self._faults():
+            os.fsync(self._descriptor)
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self.path} could not be written: {error.strerror or error}",
+                hint="make room, then go on with --resume; earlier checkpoints are untouched",
+            ) from error
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -41,7 +57,7 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        os.close(self._descriptor)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

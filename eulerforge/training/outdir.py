@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from eulerforge.config.atomic import remove_leftovers
-from eulerforge.errors import RunError, UsageError
-from eulerforge.training.checkpoint import MANIFEST_FILE
+from eulerforge.config.atomic import fsync_path, put_back_replaced, remove_leftovers
+from eulerforge.errors import CheckpointError, RunError, UsageError
+from eulerforge.training.checkpoint import MANIFEST_FILE, delete_folder, read_state, verify
 from eulerforge.training.final import FOLDER as FINAL
 
 CONFIG_FILE = "resolved_config.toml"
 RECEIPT_FILE = "receipt.json"
 SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
-_OURS = (CONFIG_FILE, "metrics.jsonl", RECEIPT_FILE, SUMMARY_FILE)
+# the configuration is written first and deleted last: a folder with a part of a run always holds it
+_OURS = (SUMMARY_FILE, "metrics.jsonl", RECEIPT_FILE, CONFIG_FILE)
 
 
 def is_used(out: Path) -> bool:
@@ -28,6 +28,19 @@ def is_used(out: Path) -> bool:
 
 def is_finished(out: Path) -> bool:
     return (out / FINAL / MANIFEST_FILE).exists()
+
+
+def is_finished_and_whole(out: Path, say: Callable[[str], None]) -> bool:
+    """Whether nothing is left to do; a ``final`` that is damaged is said, and is to be written again."""
+    if not is_finished(out):
+        return False
+    try:
+        verify(out / FINAL)
+        read_state(out / FINAL)
+    except CheckpointError as error:
+        say(f"{error}; it will be written again")
+        return False
+    return True
 
 
 def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -90,14 +103,17 @@ def locked(out: Path) -> Iterator[None]:
 
 def clear(out: Path) -> None:
     """Delete what an earlier run wrote, and nothing else; the folder must be locked and ``is_used``."""
-    for folder in [*out.glob("checkpoint-*"), out / FINAL]:
+    for folder in [out / FINAL, *out.glob("checkpoint-*")]:
         if (folder / MANIFEST_FILE).exists():
-            shutil.rmtree(folder)
+            delete_folder(folder)
     for name in _OURS:
         (out / name).unlink(missing_ok=True)
+    fsync_path(out)
 
 
 def sweep(out: Path, say: Callable[[str], None]) -> None:
-    """Delete what an interrupted write left; the folder must be locked."""
+    """Put back and delete what interrupted writes left; the folder must be locked."""
+    for name in put_back_replaced(out):
+        say(f"put back {name}, which an interrupted write had moved away")
     for name in remove_leftovers(out):
         say(f"removed {name}, which an interrupted write left")

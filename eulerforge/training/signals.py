@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM ask for a stop at the next step's edge; a second SIGINT stops at once."""
+"""SIGINT, SIGTERM and SIGHUP ask for a stop at the next step's edge; a second SIGINT stops at once.
+
+An evaluation or a sample that is under way is given up: it can be made again, and a scheduler's grace period is short.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_CAUGHT = (signal.SIGINT, signal.SIGTERM)
+_CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -16,6 +19,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
         self._old: dict[int, Any] = {}
+
+    def wanted(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.number is not None
 
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread only; elsewhere (a notebook's worker) the defaults stay
