@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint of the run")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that a run has used")
     parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="with --resume: go on although this key has changed, and record it; may be given often",
+    )
+    parser.add_argument(
         "--validate-only", action="store_true", help="check all that needs no model, without importing torch"
     )
     parser.add_argument(
@@ -78,6 +85,8 @@ def _refuse_ignored_flags(args: argparse.Namespace) -> None:
         raise UsageError(
             "--resume and --overwrite exclude each other", hint="--resume goes on, --overwrite starts anew"
         )
+    if args.allow_changed and not args.resume:
+        raise UsageError("--allow-changed does nothing without --resume", hint="give --resume too")
     if chosen:
         idle = [flag for flag in ("resume", "overwrite", "debug_every") if getattr(args, flag)]
         if args.debug_trainable_names and chosen != ["preflight"]:
@@ -131,6 +140,7 @@ def _train(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -
     options = SessionOptions(
         resume=args.resume,
         overwrite=args.overwrite,
+        allow_changed=tuple(args.allow_changed),
         debug_every=(args.debug_every or 10) if args.debug else 0,
         debug_names=args.debug_trainable_names,
         resume_command=_resume_command(),

@@ -110,6 +110,10 @@ class TrainingConfig:
     gradient_checkpointing: bool = setting(False, help="Recompute activations in the backward pass to save memory")
     deterministic: bool = setting(False, help="Use deterministic kernels on CUDA, slower")
     threads: int | None = setting(None, ge=1, help="CPU threads of torch")
+    on_nonfinite: str = setting(
+        "stop", choices=("stop", "skip"), help="A loss or gradient that is not finite: stop, or leave the step out"
+    )
+    max_skipped_steps: int = setting(10, ge=1, help="Steps that on_nonfinite = skip leaves out at most, in a whole run")
 
     def check(self) -> Iterable[Problem]:
         if self.max_train_steps is not None and self.num_epochs is not None:
@@ -129,6 +133,9 @@ class CheckpointConfig:
 
     include_base: bool = setting(True, help="Write the base weights beside the adapters in final/")
     keep_last: int | None = setting(None, ge=1, help="Keep this many checkpoints; default: all")
+    keep_best: int | None = setting(
+        None, ge=1, help="Keep the checkpoints of the lowest held-out loss too, and of the others keep_last (default 1)"
+    )
 
 
 @attrs.frozen(kw_only=True)

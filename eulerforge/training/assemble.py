@@ -123,5 +123,7 @@ def prepare_torch(config: RunConfig, device: torch.device) -> None:
 
 def enable_gradient_checkpointing(model: Any) -> None:
     """transformers' own, non-reentrant, which is exact with frozen embeddings too."""
-    enable = getattr(model, "gradient_checkpointing_enable", None) or model.activation_checkpointing_enable
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -2,7 +2,7 @@
 
 ``checkpoint-<step>/`` holds ``adapter.safetensors`` (every tensor that ever trains, fp32), ``optimizer.safetensors``,
 ``state.json``, and ``manifest.json`` with the size and sha256 of each, written when the others are on the disk.
-The order of a save: stage, flush the files, manifest, flush, one rename, flush the folder; only then are old ones deleted.
+The order of a save: stage, flush the files, manifest, flush, one rename, flush the folder; only then old ones go.
 """
 
 from __future__ import annotations
@@ -120,16 +120,14 @@ def room_for(folder: Path, needed: int, *, hint: str = "") -> Iterator[None]:
     needed += SLACK_BYTES
     hint = f"make room{hint}, then go on with --resume; earlier checkpoints are untouched"
     numbers = f"{gib(needed)} ({needed:,} bytes) are needed"
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed:
-        raise RunError(f"{folder} was not written: {numbers} and {gib(free)} ({free:,} bytes) are free", hint=hint)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < needed:
+            raise RunError(f"{folder} was not written: {numbers} and {gib(free)} ({free:,} bytes) are free", hint=hint)
         yield
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(folder.parent).free
-        raise RunError(
-            f"{folder} could not be written: {error}; {numbers}, {gib(free)} ({free:,} bytes) are free", hint=hint
-        ) from error
+        raise RunError(f"{folder} could not be written: {error}; {numbers}", hint=hint) from error
 
 
 def refuse_not_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -220,9 +218,7 @@ def write_manifest(
     """Flush every file of ``folder`` to the disk, then list each with size and hash: the last file to be written."""
     from eulerforge import __version__
 
-    paths = [
-        path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(STAGING_PREFIX)
-    ]
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(STAGING_PREFIX)]
     for path in paths:
         fsync_path(path)
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
@@ -255,9 +251,7 @@ def latest_complete(out: Path, *, say: Callable[[str], None] | None = None, run_
     return None
 
 
-def complete_checkpoints(
-    out: Path, *, say: Callable[[str], None] | None = None, run_id: str = ""
-) -> Iterator[Path]:
+def complete_checkpoints(out: Path, *, say: Callable[[str], None] | None = None, run_id: str = "") -> Iterator[Path]:
     """Every checkpoint that ``latest_complete`` might give, newest first."""
     for folder in _folders(out):
         try:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from eulerforge.errors import RunError
 from eulerforge.training.assemble import Run
 from eulerforge.training.checkpoint import TrainState
 from eulerforge.training.debug import GroupNorms
-from eulerforge.training.evaluate import held_out_loss
+from eulerforge.training.evaluate import EvaluationStopped, held_out_loss
 from eulerforge.training.loss import label_token_loss
 from eulerforge.training.memory import peak_bytes
 from eulerforge.training.metrics import MetricsLog
@@ -47,7 +48,8 @@ def train_loop(
     ``state`` is advanced in place; ``save`` writes a checkpoint of it.
 
     Raises:
-        RunError: the loss or the gradient is not finite; nothing was updated with it.
+        RunError: the loss or the gradient is not finite; nothing was updated with it. With
+            ``training.on_nonfinite = skip``, only when ``max_skipped_steps`` steps were left out already.
     """
     config, model = run.config.training, run.model
     rows = run.datasets.train
@@ -55,6 +57,8 @@ def train_loop(
     phase = run.phases.at(state.step)
     trainable = enter_phase(model, run.phases, phase)
     model.train()
+    if _validation_is_due(config.val_steps, state, total_steps) and state.held_out.get("step") != state.step:
+        _measure(run, state, log, progress, stop_wanted)  # a stop gave up this one
 
     while state.step < total_steps and not stop_wanted():
         step, began = state.step, time.perf_counter()
@@ -72,25 +76,35 @@ def train_loop(
         micro_batches = plan.step_rows(step)
         batches = [collate(rows, indices, run.pad_id, run.device) for indices in micro_batches]
         label_tokens = sum(batch.label_tokens for batch in batches)
-        loss = 0.0
+        loss, grad_norm, fault, suspects = 0.0, None, "", []
         for micro, batch in enumerate(batches):
             torch.manual_seed(micro_batch_seed(run.config.seed, step, micro))
             loss_sum, _ = label_token_loss(model, batch)
-            _refuse_non_finite("loss", float(loss_sum.detach()), step, run, micro_batches[micro])
+            value = float(loss_sum.detach())
+            if not math.isfinite(value):
+                fault, suspects = f"the loss of step {step + 1} is {value}", micro_batches[micro]
+                break
             (loss_sum / label_tokens).backward()
-            loss += float(loss_sum.detach()) / label_tokens
+            loss += value / label_tokens
 
         # the update
-        gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        grad_norm = float(norm)
-        _refuse_non_finite("gradient", grad_norm, step, run, [row for part in micro_batches for row in part])
-        if config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(trainable, config.max_grad_norm, norm)
-        watched = debug_every and (step + 1) % debug_every == 0
-        norms = GroupNorms(model, run.phases, phase.groups) if watched else None
-        optimizer.step()
+        norms = None
+        if not fault:
+            gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            grad_norm = float(norm)
+            if not math.isfinite(grad_norm):
+                fault = f"the gradient of step {step + 1} is {grad_norm}"
+                suspects = [row for part in micro_batches for row in part]
+        if not fault:
+            if config.max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(trainable, config.max_grad_norm, norm)
+            watched = debug_every and (step + 1) % debug_every == 0
+            norms = GroupNorms(model, run.phases, phase.groups) if watched else None
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if fault:
+            _refuse_non_finite(f"{fault}; the rows are {_named(suspects, run)}", state, run)
 
         # the books
         seconds = time.perf_counter() - began
@@ -99,11 +113,11 @@ def train_loop(
         state.tokens += tokens
         state.label_tokens += label_tokens
         state.seconds += seconds
-        row = {
+        row: dict[str, Any] = {
             "step": state.step,
-            "loss": loss,
+            "loss": None if fault else loss,
             "lr": rate,
-            "grad_norm": grad_norm,
+            "grad_norm": None if fault else grad_norm,
             "tokens": tokens,
             "label_tokens": label_tokens,
             "tokens_per_s": tokens / seconds,
@@ -112,24 +126,34 @@ def train_loop(
             "epoch": plan.epoch_at(state.step),
             "phase": list(phase.groups),
         }
+        if fault:
+            state.skipped += 1
+            row |= {"skipped": fault, "rows": [rows.source(index) for index in suspects], "skips": state.skipped}
+            progress.say(f"warning: step {state.step} was left out: {fault}; the rows are {_named(suspects, run)}")
+        else:
+            progress.step(row)
         log.write(row)
-        progress.step(row)
         if norms is not None:
             progress.say("\n".join([f"step {state.step} norms", *norms.lines()]))
 
-        if config.val_steps and state.step % config.val_steps == 0 and state.step < total_steps:
-            validate(run, state.step, log, progress)
+        if _validation_is_due(config.val_steps, state, total_steps):
+            _measure(run, state, log, progress, stop_wanted)
         if config.save_steps and state.step % config.save_steps == 0:
             log.sync()
             save()
 
 
-def validate(run: Run, step: int, log: MetricsLog, progress: Progress) -> dict[str, float]:
-    """Held-out loss as it is now, into the metrics and onto the screen; empty without validation rows."""
+def validate(
+    run: Run, step: int, log: MetricsLog, progress: Progress, stop_wanted: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """Held-out loss as it is now, into the metrics and onto the screen; empty without validation rows or at a stop."""
     rows = run.datasets.validation
     if rows is None or not len(rows):
         return {}
-    result = held_out_loss(run.model, rows, run.eval_batch_size, run.pad_id, run.device)
+    try:
+        result = held_out_loss(run.model, rows, run.eval_batch_size, run.pad_id, run.device, stop_wanted=stop_wanted)
+    except EvaluationStopped:
+        return {}
     facts = {"held_out_loss": result.loss, "perplexity": result.perplexity, "held_out_tokens": result.label_tokens}
     log.write({"step": step, **facts, "seconds": result.seconds})
     progress.validation(step, result)
@@ -141,13 +165,30 @@ def micro_batch_seed(seed: int, step: int, micro: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{micro}".encode()).digest()[:8], "big") >> 1
 
 
-def _refuse_non_finite(what: str, value: float, step: int, run: Run, indices: list[int]) -> None:
-    if math.isfinite(value):
-        return
-    shown = ", ".join(run.datasets.train.source(index) for index in indices[:8])
-    more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
-    raise RunError(
-        f"the {what} of step {step + 1} is {value}; the rows are {shown}{more}",
-        hint="the step was not applied; a smaller training.lr, a longer warm-up, or model.load_precision.mode=fp32 "
-        "usually mends it, and --resume goes on from the last checkpoint",
+def _validation_is_due(every: int, state: TrainState, total_steps: int) -> bool:
+    return bool(every) and state.step % every == 0 and 0 < state.step < total_steps
+
+
+def _measure(run: Run, state: TrainState, log: MetricsLog, progress: Progress, stop_wanted: Callable[[], bool]) -> None:
+    facts = validate(run, state.step, log, progress, stop_wanted)
+    if facts:
+        state.held_out = {"step": state.step, "loss": facts["held_out_loss"]}
+
+
+def _refuse_non_finite(what: str, state: TrainState, run: Run) -> None:
+    """Raises RunError unless the preset leaves such steps out and has not left out too many."""
+    config = run.config.training
+    hint = (
+        "the step was not applied; a smaller training.lr, a longer warm-up, or model.load_precision.mode=fp32"
+        " usually mends it, and --resume goes on from the last checkpoint"
     )
+    if config.on_nonfinite == "skip":
+        if state.skipped < config.max_skipped_steps:
+            return
+        what += f"; {state.skipped} steps were left out before it, and training.max_skipped_steps allows no more"
+    raise RunError(what, hint=hint)
+
+
+def _named(indices: list[int], run: Run) -> str:
+    shown = ", ".join(run.datasets.train.source(index) for index in indices[:8])
+    return shown + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")

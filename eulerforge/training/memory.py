@@ -42,7 +42,7 @@ def out_of_memory_advice(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise RunError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'no memory left'}", hint=advice(config)
@@ -71,7 +71,8 @@ def advice(config: RunConfig) -> str:
     return "try, in this order, --set " + ", ".join(parts)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python ran out of memory, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(mark in str(error) for mark in _CPU_MARKS)

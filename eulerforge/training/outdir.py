@@ -12,9 +12,9 @@ from eulerforge.config.atomic import fsync_path, put_back_replaced, remove_lefto
 from eulerforge.errors import CheckpointError, RunError, UsageError
 from eulerforge.training.checkpoint import MANIFEST_FILE, delete_folder, read_state, verify
 from eulerforge.training.final import FOLDER as FINAL
+from eulerforge.training.receipt import FILE_NAME as RECEIPT_FILE
 
 CONFIG_FILE = "resolved_config.toml"
-RECEIPT_FILE = "receipt.json"
 SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
 # the configuration is written first and deleted last: a folder with a part of a run always holds it

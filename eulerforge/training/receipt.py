@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 
 from eulerforge import __version__
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from eulerforge.plugins import Registry
     from eulerforge.training.assemble import Run
 
+FILE_NAME = "receipt.json"
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "pluggy", "attrs", "cattrs", "numpy", "bitsandbytes")
 
 
@@ -33,11 +34,15 @@ def base_weights(folder: Path) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(joined.encode()).hexdigest(), "files": files}
 
 
-def make_receipt(run: Run, registry: Registry, weights: dict[str, Any]) -> dict[str, Any]:
-    """All that is known of how the run is made; nothing that differs between two equal runs but the machine's names."""
+def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: str) -> dict[str, Any]:
+    """All that is known of how the run is made; two equal runs differ in ``run_id`` and in the machine's names only.
+
+    ``resumed`` is for the parts that follow: at which step each began, and what had changed.
+    """
     validation = run.datasets.validation
     return {
         "schema": 1,
+        "run_id": run_id,
         "eulerforge": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -59,34 +64,17 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any]) -> dict[
             "validation_sha256": validation.sha256 if validation is not None else None,
             "report": run.datasets.report.to_json(),
         },
+        "resumed": [],
     }
 
 
-def identity(run: Run, weights: dict[str, Any]) -> dict[str, Any]:
-    """What may not change between the parts of one run, by the key that a user would change it with."""
-    training, validation = run.config.training, run.datasets.validation
-    flat: dict[str, Any] = {
-        "data": run.datasets.train.sha256,
-        "data.validation": validation.sha256 if validation is not None else None,
-        "model_name": weights["sha256"],
-        "seed": run.config.seed,
-        "injection.strategy": run.config.strategy,
-        "training.batch_size": training.batch_size,
-        "training.grad_accum_steps": training.grad_accum_steps,
-        "training.phases": [[phase.step, list(phase.groups)] for phase in run.phases.phases],
-    }
-    return flat | _flatten("injection", attrs.asdict(run.config.injection))
-
-
-def _flatten(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}.{key}"
-        if isinstance(value, dict):
-            flat |= _flatten(name, value)
-        else:
-            flat[name] = list(value) if isinstance(value, tuple) else value
-    return flat
+def read_receipt(out: Path) -> dict[str, Any]:
+    """The receipt of a run folder; empty when there is none that can be read."""
+    try:
+        found = json.loads((out / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _version(name: str) -> str | None:

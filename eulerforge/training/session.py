@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +11,22 @@ import attrs
 
 from eulerforge.config.atomic import write_json_atomic, write_text_atomic
 from eulerforge.data.batches import BatchPlan
-from eulerforge.errors import CheckpointError, Problem, Stopped
+from eulerforge.errors import CheckpointError, Stopped
 from eulerforge.models.samples import generate_answers
 from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say, assemble, refuse_many_processes
+from eulerforge.training.blame import plugin_blamed
 from eulerforge.training.checkpoint import TrainState, latest_complete, load_checkpoint, read_state, save_checkpoint
 from eulerforge.training.debug import trainable_lines
 from eulerforge.training.final import save_final
+from eulerforge.training.identity import accept_changes, identity, shown, soft_changes
 from eulerforge.training.loop import train_loop, validate
 from eulerforge.training.memory import out_of_memory_advice
 from eulerforge.training.metrics import MetricsLog
 from eulerforge.training.optimizer import make_optimizer
-from eulerforge.training.progress import make_progress
+from eulerforge.training.progress import Progress, make_progress
 from eulerforge.training.prompts import sample_prompts
-from eulerforge.training.receipt import base_weights, identity, make_receipt
+from eulerforge.training.receipt import base_weights, make_receipt, read_receipt
 from eulerforge.training.signals import StopRequest
 from eulerforge.training.summary import make_summary
 
@@ -34,10 +36,15 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class SessionOptions:
-    """How ``train`` was called, apart from the preset; ``resume_command`` is what a stopped run tells the user."""
+    """How ``train`` was called, apart from the preset.
+
+    ``allow_changed`` names keys that may differ from what the run began with; ``resume_command`` is what a stopped run
+    tells the user.
+    """
 
     resume: bool = False
     overwrite: bool = False
+    allow_changed: tuple[str, ...] = ()
     debug_every: int = 0
     debug_names: bool = False
     resume_command: str = "the same command with --resume"
@@ -53,7 +60,7 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
     refuse_many_processes()
     outdir.check_free(out, resume=options.resume, overwrite=options.overwrite)
     with outdir.locked(out):
-        if options.resume and outdir.is_finished(out):
+        if options.resume and outdir.is_finished_and_whole(out, say):
             say(f"{out} is finished: nothing is left to train")
             return _finished_summary(out)
         outdir.sweep(out, say)
@@ -70,6 +77,7 @@ class _Session:
         self.out, self.training = run.out, run.config.training
         self.state = TrainState()
         self.saved_at = -1
+        self.stop = StopRequest()
         plan = BatchPlan(run.datasets.train, self.training.batch_size, self.training.grad_accum_steps, run.config.seed)
         self.total_steps = self.training.max_train_steps or plan.steps_for(self.training.num_epochs or 1.0)
         self.optimizer = make_optimizer(run.model, run.phases.groups, self.training)
@@ -79,27 +87,27 @@ class _Session:
         self._open_folder()
         progress = make_progress(self.total_steps, self.training.log_steps)
         ended = self.state.step == self.total_steps
-        with MetricsLog(self.out, step=self.state.step, ended=ended) as log, progress:
-            if not self.state.before:
-                self.state.before = {**validate(self.run, 0, log, progress), "samples": self._answers()}
-            with StopRequest() as stop:
-                train_loop(
-                    self.run,
-                    self.optimizer,
-                    self.state,
-                    total_steps=self.total_steps,
-                    log=log,
-                    progress=progress,
-                    save=self._save,
-                    stop_wanted=lambda: stop.number is not None,
-                    debug_every=self.options.debug_every,
-                )
-                log.sync()
-                if self.saved_at != self.state.step:
-                    self._save()
-                self._stop_if(stop)
-                after = {**validate(self.run, self.state.step, log, progress), "samples": self._answers()}
-                self._stop_if(stop)
+        blamed = plugin_blamed(self.registry, lambda: self.state.step)
+        with MetricsLog(self.out, step=self.state.step, ended=ended) as log, progress, self.stop, blamed:
+            if not (self.state.before and self.state.step):
+                self.state.before = self._measured(log, progress)
+            train_loop(
+                self.run,
+                self.optimizer,
+                self.state,
+                total_steps=self.total_steps,
+                log=log,
+                progress=progress,
+                save=self._save,
+                stop_wanted=self.stop.wanted,
+                debug_every=self.options.debug_every,
+            )
+            log.sync()
+            if self.saved_at != self.state.step:
+                self._save()
+            self._stop_if_wanted()
+            after = self._measured(log, progress)
+            self._stop_if_wanted()
         summary = make_summary(self.run, self.state, after)
         write_json_atomic(self.out / outdir.SUMMARY_FILE, summary)
         include_base = self.run.config.checkpoint.include_base
@@ -129,24 +137,38 @@ class _Session:
         """Write the preset and the receipt, or check that they still hold and load the newest checkpoint."""
         self.say("hashing the base weights")
         weights = base_weights(self.run.source.folder)
-        self.state.identity = identity(self.run, weights)
-        if self.options.resume and outdir.is_used(self.out):
-            self._load_newest()
-        elif self.options.overwrite and outdir.is_used(self.out):
-            outdir.clear(self.out)
-        elif self.options.resume:
-            self.say(f"{self.out} holds no run yet: starting at step 0")
-        receipt = make_receipt(self.run, self.registry, weights)
-        write_json_atomic(self.out / outdir.RECEIPT_FILE, receipt)
+        resumes = self.options.resume and outdir.is_used(self.out)
+        old = read_receipt(self.out) if resumes else {}
+        self.state.run_id = str(old.get("run_id") or secrets.token_hex(8))
+        self.state.identity = identity(self.run, self.registry, weights, self.total_steps)
+        parts = list(old.get("resumed", []))
+        if resumes:
+            changed = self._load_newest()
+            receipt = make_receipt(self.run, self.registry, weights, self.state.run_id)
+            parts.append({"step": self.state.step, "changed": changed, "soft": soft_changes(old, receipt)})
+            for fact in parts[-1]["soft"]:
+                self.say(
+                    f"warning: {fact['key']} was {shown(fact['was'])} and is {shown(fact['now'])} now:"
+                    " the run may not go on bit for bit"
+                )
+        else:
+            if self.options.overwrite and outdir.is_used(self.out):
+                outdir.clear(self.out)
+            elif self.options.resume:
+                self.say(f"{self.out} holds no run yet: starting at step 0")
+            receipt = make_receipt(self.run, self.registry, weights, self.state.run_id)
+        # the configuration first: it is what makes the folder a run
         write_text_atomic(self.out / outdir.CONFIG_FILE, self.loaded.to_toml(comments=False))
+        write_json_atomic(self.out / outdir.RECEIPT_FILE, {**receipt, "resumed": parts})
 
-    def _load_newest(self) -> None:
-        newest = latest_complete(self.out, say=self.say)
+    def _load_newest(self) -> list[dict[str, Any]]:
+        """Go on from the newest complete checkpoint, if there is one; give back the changes that were allowed."""
+        newest = latest_complete(self.out, say=self.say, run_id=self.state.run_id)
         if newest is None:
             self.say(f"{self.out} has no complete checkpoint: starting at step 0")
-            return
-        saved = read_state(newest)
-        refuse_changes(saved.identity, self.state.identity)
+            return []
+        saved, now = read_state(newest), self.state
+        changed = accept_changes(saved.identity, now.identity, self.options.allow_changed)
         if saved.step > self.total_steps:
             raise CheckpointError(
                 f"{newest} is at step {saved.step}, and the run would end at step {self.total_steps} now",
@@ -154,8 +176,12 @@ class _Session:
                 hint="put it back to go on with --resume, or start anew with --overwrite or another --output-dir",
             )
         self.state = load_checkpoint(newest, self.run.model, self.optimizer, self.run.phases.trained_names)
+        self.state.identity, self.state.run_id = now.identity, self.state.run_id or now.run_id
         self.saved_at = self.state.step
         self.say(f"resumed from {newest} at step {self.state.step}")
+        for fact in changed:
+            self.say(f"warning: {fact['key']} was {shown(fact['was'])} and is {shown(fact['now'])} now, as allowed")
+        return changed
 
     def _save(self) -> Path:
         self.saved_at = self.state.step
@@ -167,48 +193,34 @@ class _Session:
             self.run.report,
             self.run.phases.trained_names,
             keep_last=self.run.config.checkpoint.keep_last,
+            keep_best=self.run.config.checkpoint.keep_best,
         )
 
-    def _stop_if(self, stop: StopRequest) -> None:
-        if stop.number is not None:
+    def _stop_if_wanted(self) -> None:
+        if self.stop.number is not None:
             raise Stopped(
                 f"stopped at step {self.state.step} of {self.total_steps}; checkpoint-{self.state.step} is saved",
-                signal_number=stop.number,
+                signal_number=self.stop.number,
                 hint=f"go on with: {self.options.resume_command}",
             )
+
+    def _measured(self, log: MetricsLog, progress: Progress) -> dict[str, Any]:
+        """Held-out loss and answers of the model as it is now; empty when a stop was asked for on the way."""
+        facts = validate(self.run, self.state.step, log, progress, self.stop.wanted)
+        answers = self._answers()
+        return {} if self.stop.wanted() else {**facts, "samples": answers}
 
     def _answers(self) -> list[dict[str, Any]]:
         """The model's answers to the preset's prompts and to the first held-out rows."""
         config, rows, tokenizer = self.run.config.evaluation, self.run.datasets.validation, self.run.tokenizer
         prompts = sample_prompts(tokenizer, self.run.config.data, texts=config.prompts, rows=rows, count=config.samples)
-        if not prompts:
-            return []
-        ids = [prompt.ids for prompt in prompts]
-        answers = generate_answers(self.run.model, tokenizer, ids, max_new_tokens=config.max_new_tokens)
-        return [
-            {"prompt": prompt.text, "answer": answer.text, "reference": prompt.reference}
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-
-
-def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises CheckpointError with every key whose value is not what the checkpoint was trained with."""
-    changed = [key for key in dict.fromkeys([*saved, *now]) if saved.get(key) != now.get(key)]
-    if changed:
-        raise CheckpointError.of(
-            [
-                Problem(
-                    key=key,
-                    message=f"was {_short(saved.get(key))} when the run began and is {_short(now.get(key))} now",
-                    hint="put it back to go on with --resume, or start anew with --overwrite or another --output-dir",
-                )
-                for key in changed
-            ]
-        )
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
+        answers = []
+        for prompt in prompts:
+            if self.stop.wanted():
+                break
+            (answer,) = generate_answers(self.run.model, tokenizer, [prompt.ids], max_new_tokens=config.max_new_tokens)
+            answers.append({"prompt": prompt.text, "answer": answer.text, "reference": prompt.reference})
+        return answers
 
 
 def _finished_summary(out: Path) -> dict[str, Any]:

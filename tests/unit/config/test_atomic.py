@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
+from eulerforge.config import atomic
 from eulerforge.config.atomic import (
     STAGING_PREFIX,
     commit_folder,
+    exchange,
+    put_back_replaced,
     remove_leftovers,
     sha256_of,
     staged_folder,
+    write_file,
     write_json_atomic,
     write_text_atomic,
 )
@@ -85,3 +90,61 @@ def test_leftovers_are_named_and_removed(tmp_path: Path) -> None:
 def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_write_all_survives_a_system_that_takes_little_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(data[:3])))
+    write_file(tmp_path / "a", bytes(range(50)))
+    assert (tmp_path / "a").read_bytes() == bytes(range(50))
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "a", b"never over another file")
+
+
+def test_two_folders_change_places(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "in").write_text(name)
+    assert exchange(tmp_path / "a", tmp_path / "b") is True
+    assert [(tmp_path / name / "in").read_text() for name in "ab"] == ["b", "a"]
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "a", tmp_path / "absent")
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_replacement_that_dies_at_any_rename_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    """With the exchange there is no moment without a folder; without it, the next writer puts the old one back."""
+    final, seen = tmp_path / "x", []
+    with staged_folder(final) as staging:
+        (staging / "in").write_text("old")
+    if not able:
+        monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
+    real = os.rename
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, lambda *names: (seen.append(final.exists()), real(*names))[1])
+    with staged_folder(final, replace=True) as staging:
+        (staging / "in").write_text("new")
+    assert (final / "in").read_text() == "new"
+    assert seen == ([] if able else [True, False])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_hidden_by_a_dead_writer_comes_back(tmp_path: Path) -> None:
+    (tmp_path / ".replaced-x").mkdir()
+    (tmp_path / ".replaced-x" / "in").write_text("old")
+    (tmp_path / ".replaced-y").mkdir()
+    (tmp_path / "y").mkdir()
+    assert put_back_replaced(tmp_path) == ["x"]
+    assert (tmp_path / "x" / "in").read_text() == "old"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x", "y"]
+
+
+def test_the_next_writer_puts_a_hidden_folder_back_first(tmp_path: Path) -> None:
+    (tmp_path / ".replaced-x").mkdir()
+    with pytest.raises(IsADirectoryError), staged_folder(tmp_path / "x", replace=True) as staging:
+        staging.write_text("a folder takes no text")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]

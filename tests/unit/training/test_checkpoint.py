@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,8 +32,11 @@ class Saved:
             named[name].grad = torch.randn_like(named[name])
         self.optimizer.step()
 
-    def save(self, step: int, **options: Any) -> Path:
+    def save(self, step: int, *, run_id: str = "", held_out: float | None = None, **options: Any) -> Path:
         state = TrainState(step=step, tokens=10 * step, identity={"seed": 1}, before={"held_out_loss": 2.0})
+        state.run_id = run_id
+        if held_out is not None:
+            state.held_out = {"step": step, "loss": held_out}
         run = self.run
         return save_checkpoint(
             self.out, state, run.model, self.optimizer, run.report, run.phases.trained_names, **options
@@ -132,6 +138,97 @@ def test_keep_last_deletes_the_oldest(saved: Saved) -> None:
     assert sorted(path.name for path in saved.out.iterdir()) == ["checkpoint-10", "checkpoint-11"]
 
 
+def names(out: Path) -> list[str]:
+    return sorted((path.name for path in out.iterdir()), key=lambda name: int(name.rpartition("-")[2]))
+
+
+def test_keep_best_goes_by_the_held_out_loss_and_the_newest_stays(saved: Saved) -> None:
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 1.0), (5, None)):
+        saved.save(step, held_out=loss, keep_best=2)
+    assert names(saved.out) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    saved.save(6, held_out=0.5, keep_best=1, keep_last=2)
+    assert names(saved.out) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(saved: Saved) -> None:
+    """After a fall back from a damaged 10 to 8, the one just written is the newest that counts."""
+    saved.save(8)
+    (saved.save(10) / "adapter.safetensors").write_bytes(b"cut")
+    saved.save(9, keep_last=1)
+    assert names(saved.out) == ["checkpoint-9", "checkpoint-10"]
+    assert latest_complete(saved.out) == saved.out / "checkpoint-9"
+
+
+def test_rotation_leaves_another_run_s_checkpoints_and_resume_skips_them(saved: Saved) -> None:
+    for step in (1, 2, 9):
+        saved.save(step, run_id="theirs")
+    for step in (3, 4):
+        saved.save(step, run_id="ours", keep_last=1)
+    assert names(saved.out) == ["checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-9"]
+    said: list[str] = []
+    assert latest_complete(saved.out, say=said.append, run_id="ours") == saved.out / "checkpoint-4"
+    assert said == ["skipped checkpoint-9: it belongs to another run (theirs, this one is ours)"]
+
+
+def test_the_order_of_a_save_on_the_disk(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is flushed before the manifest that vouches for it; then one rename, then the folder's flush."""
+    done: list[str] = []
+    real_fsync, real_rename, real_replace = os.fsync, os.rename, os.replace
+
+    def name_of(path: Any) -> str:
+        name = Path(path).name
+        return "staging" if name.startswith(".staging-checkpoint") else "a temporary" if name[0] == "." else name
+
+    def fsync(descriptor: int) -> None:
+        done.append(f"fsync {name_of(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", lambda a, b: (done.append(f"rename {name_of(b)}"), real_rename(a, b))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"rename {name_of(b)}"), real_replace(a, b))[1])
+    saved.save(3)
+    files = ["adapter.safetensors", "optimizer.safetensors", "state.json"]
+    manifest, rename = done.index("rename manifest.json"), done.index("rename checkpoint-3")
+    assert all(done.index(f"fsync {name}") < manifest < rename for name in files)
+    assert done[rename - 1 : rename + 2] == ["fsync staging", "rename checkpoint-3", f"fsync {saved.out.name}"]
+    assert done.count("rename checkpoint-3") == 1
+
+
+def test_a_disk_that_is_too_full_is_known_before_anything_is_written(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in saved.save(1).iterdir()}
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    monkeypatch.setattr(room, "write_file", None)
+    with pytest.raises(RunError) as failed:
+        saved.save(2)
+    tensors = sum(path.stat().st_size for path in before if path.suffix == ".safetensors")
+    needed = int(re.search(r"\(([\d,]+) bytes\) are needed", str(failed.value))[1].replace(",", ""))  # type: ignore[index]
+    assert tensors < needed < tensors + 2 * room.SLACK_BYTES
+    assert "(4,096 bytes) are free" in str(failed.value)
+    assert {path: path.read_bytes() for path in before} == before
+    assert names(saved.out) == ["checkpoint-1"]
+
+
+def test_a_tensor_that_is_not_finite_is_never_saved(saved: Saved) -> None:
+    saved.save(1)
+    named = dict(saved.run.model.named_parameters())
+    first = saved.run.phases.trained_names[0]
+    named[first].data[0, 0] = float("nan")
+    with pytest.raises(RunError, match=f"{first} is not finite"):
+        saved.save(2)
+    assert names(saved.out) == ["checkpoint-1"]
+
+
+def test_a_manifest_cannot_name_a_file_outside_its_folder(saved: Saved) -> None:
+    folder = saved.save(1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["../secret"] = {"size": 0, "sha256": ""}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        verify(folder)
+
+
 def test_saving_the_same_step_again_replaces_it(saved: Saved) -> None:
     first = (saved.save(4) / "state.json").read_bytes()
     saved.save(4)
@@ -144,7 +241,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(saved: Saved, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     saved.save(1)
-    monkeypatch.setattr(room, "save_file", full)
+    monkeypatch.setattr(room, "write_file", full)
     with pytest.raises(RunError, match="No space left") as failed:
         saved.save(2)
     assert "--resume" in (failed.value.problems[0].hint or "")

@@ -1,0 +1,125 @@
+"""What a run is made of, and what of it may change between its parts.
+
+Three kinds of keys. *Fixed* ones decide the numbers that a run computes (data, base weights, seed, adapters, schedule,
+batch cut, plugin versions): a change is refused by name, unless it is allowed, and then it is recorded. *Soft* ones
+are the machine and the libraries: a change is said and recorded, since the bits may differ. *Free* ones (how often to
+log, save and validate, what to keep) change nothing that is trained, and nothing is said.
+New keys are fixed until they are listed here as free.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from eulerforge.errors import CheckpointError, Problem, UsageError
+from eulerforge.models.device import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from eulerforge.plugins import Registry
+    from eulerforge.plugins.records import PluginRecord
+    from eulerforge.training.assemble import Run
+
+FREE_TRAINING = ("log_steps", "save_steps", "val_steps", "gradient_checkpointing", "threads", "max_skipped_steps")
+"""Keys of ``training`` that do not change what is trained; ``threads`` is soft, through the receipt."""
+
+STEPS_KEY = "training.max_train_steps"
+SOFT = ("eulerforge", "python", "libraries", "device", "threads")
+
+
+def identity(run: Run, registry: Registry, weights: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
+    """The fixed facts of a run, by the key that a user would change them with."""
+    config, validation = run.config, run.datasets.validation
+    training = attrs.asdict(config.training)
+    for name in (*FREE_TRAINING, "max_train_steps", "num_epochs"):
+        training.pop(name, None)
+    training["phases"] = [[phase.step, list(phase.groups)] for phase in run.phases.phases]
+    precision = attrs.asdict(config.model.load_precision)
+    if precision["mode"] == "auto":
+        precision["mode"] = DTYPE_NAMES.get(run.dtype, str(run.dtype))
+    flat: dict[str, Any] = {
+        "data": run.datasets.train.sha256,
+        "data.validation": validation.sha256 if validation is not None else None,
+        "model_name": weights["sha256"],
+        "model.attn_implementation": config.model.attn_implementation,
+        "device": run.device.type,
+        "seed": config.seed,
+        "injection.strategy": config.strategy,
+        # the curve of the learning rate ends at the last step; without a curve a run may be made longer or shorter
+        STEPS_KEY: total_steps if config.training.scheduler != "constant" else None,
+    }
+    flat |= {f"plugins.{record.qualified_name}": record.version for record in used_plugins(run, registry)}
+    flat |= _flatten("model.load_precision", precision) | _flatten("training", training)
+    return flat | _flatten("injection", attrs.asdict(config.injection))
+
+
+def used_plugins(run: Run, registry: Registry) -> list[PluginRecord]:
+    """The plugins that gave a run its backbone, its strategy and its phase groups."""
+    records = [registry.owner(registry.backbone(run.backbone)), registry.owner(registry.strategy(run.config.strategy))]
+    records += [registry.owner(spec) for spec in registry.phase_groups() if set(spec.groups) & set(run.phases.groups)]
+    return list({record.qualified_name: record for record in records}.values())
+
+
+def accept_changes(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> list[dict[str, Any]]:
+    """The fixed facts that changed, each covered by a key in ``allowed``; a key covers those below it too.
+
+    Raises:
+        CheckpointError: something else has changed; every change is named.
+        UsageError: ``allowed`` holds what is no key of a run.
+    """
+    # a fact that the checkpoint does not know was not recorded by the version that wrote it
+    changed = [key for key in now if key in saved and saved[key] != now[key]]
+    changed += [key for key in saved if key not in now]
+    for key in allowed:
+        if not any(_covers(key, known) for known in {**saved, **now}):
+            near = difflib.get_close_matches(key, list({**saved, **now}), n=1)
+            raise UsageError(
+                f"--allow-changed {key}: a run has no such key to hold on to",
+                hint=f"did you mean {near[0]}?" if near else "give the key that the refused --resume named",
+            )
+    refused = [key for key in changed if not any(_covers(given, key) for given in allowed)]
+    if refused:
+        raise CheckpointError.of(
+            [
+                Problem(
+                    key=key,
+                    message=f"was {shown(saved.get(key))} when the run began and is {shown(now.get(key))} now",
+                    hint=f"put it back to go on with --resume, or go on all the same with --allow-changed {key}, or"
+                    " start anew with --overwrite or another --output-dir",
+                )
+                for key in refused
+            ]
+        )
+    return [{"key": key, "was": saved.get(key), "now": now.get(key)} for key in changed]
+
+
+def soft_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What of the machine and the libraries differs between two receipts."""
+    was = _flatten("", {key: old.get(key) for key in SOFT if key in old})
+    now = _flatten("", {key: new.get(key) for key in SOFT if key in old})
+    # a library that only one part imported had no part in the other
+    return [{"key": key, "was": was[key], "now": now[key]} for key in was if key in now and was[key] != now[key]]
+
+
+def shown(value: Any) -> str:
+    """A value as an error names it; hashes are cut."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
+
+
+def _covers(given: str, key: str) -> bool:
+    return key == given or key.startswith(f"{given}.")
+
+
+def _flatten(prefix: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, Mapping):
+            flat |= _flatten(name, value)
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
