@@ -87,7 +87,7 @@ def assemble(
     injected = apply_injection(config, registry, loaded.model)
     groups = resolve_groups(loaded.model, injected.adapter, injected.report, registry.phase_resolvers())
     layer_names = tuple(dict.fromkeys(site.path.rpartition(".")[2] for site in injected.report.sites))
-    phases = plan_phases(config.training.phases, groups, injected.report, layer_names=layer_names)
+    phases = plan_phases(config.training, groups, injected.report, layer_names=layer_names)
     warnings = [*injected.warnings, *phases.warnings]
     if loaded.dtype == torch.float16:
         warnings.append("fp16 gradients can underflow in the base; bf16 or fp32 are safer (model.load_precision.mode)")

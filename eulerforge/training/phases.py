@@ -6,7 +6,6 @@ weight decay touches it, and it stays bit-identical until a phase names it again
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ import attrs
 from torch import nn
 
 from eulerforge.api import BackboneAdapter, InjectionReport
+from eulerforge.config.phase_checks import phase_problems
+from eulerforge.config.schema import TrainingConfig
 from eulerforge.errors import ConfigError, EulerForgeError, ModelError, PluginError
 
 Groups = Mapping[str, tuple[str, ...]]
@@ -93,67 +94,48 @@ def resolve_groups(
 
 
 def plan_phases(
-    phases: Sequence[Any], groups: Groups, report: InjectionReport, *, layer_names: Iterable[str] = ()
+    training: TrainingConfig, groups: Groups, report: InjectionReport, *, layer_names: Iterable[str] = ()
 ) -> PhasePlan:
     """The phases of a run; without any, one phase that trains every group of the injection.
 
     Args:
-        phases: PhaseConfig values (step, trainable).
         layer_names: names of the model's linear modules, for the hint when nothing is trainable.
 
     Raises:
-        ConfigError: unknown group, no phase at step 0, two phases at one step, or an empty one.
+        ConfigError: what is wrong with the phases whatever the model is, as at validation.
         ModelError: "No trainable parameters".
     """
-    if not phases:
-        planned = [Phase(0, tuple(group for group in report.groups if groups.get(group)))]
-    else:
-        planned = sorted((Phase(phase.step, tuple(phase.trainable)) for phase in phases), key=lambda phase: phase.step)
-    if planned[0].step != 0:
-        raise ConfigError(
-            f"the first phase starts at step {planned[0].step}; steps before it would train nothing",
-            key="training.phases",
-            hint="let the first phase start at step 0",
-        )
-    if len({phase.step for phase in planned}) != len(planned):
-        raise ConfigError("two phases start at the same step", key="training.phases", hint="merge the two")
-    warnings: list[str] = []
+    errors, _ = phase_problems(training, strategy=report.strategy, own=report.groups, offered=groups)
+    if errors:
+        raise ConfigError.of(errors)
+    planned = [Phase(phase.step, tuple(phase.trainable)) for phase in training.phases] or [
+        Phase(0, tuple(group for group in report.groups if groups.get(group)))
+    ]
+    warnings = []
     for phase in planned:
-        warnings += _check_phase(phase, groups, report, tuple(layer_names))
+        warnings += _refuse_empty(phase, groups, tuple(layer_names))
     used = dict.fromkeys(group for phase in planned for group in phase.groups)
     trained = {group: groups[group] for group in used if groups[group]}
     _refuse_overlap(trained)
     return PhasePlan(tuple(planned), trained, tuple(dict.fromkeys(warnings)))
 
 
-def _check_phase(phase: Phase, groups: Groups, report: InjectionReport, layer_names: tuple[str, ...]) -> list[str]:
-    for group in phase.groups:
-        if group not in groups:
-            near = difflib.get_close_matches(group, groups, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"groups: {', '.join(sorted(groups))}"
-            raise ConfigError(f"unknown phase group {group!r}", key="training.phases", hint=hint)
-    warnings = []
+def _refuse_empty(phase: Phase, groups: Groups, layer_names: tuple[str, ...]) -> list[str]:
+    """Refuse a group without parameters; only a router may lack beside groups that train, and is warned of."""
     some = any(groups[group] for group in phase.groups)
-    for group in phase.groups:
-        if groups[group]:
-            continue
-        if group == "router" and some:
-            warnings.append(f"{report.strategy} typically has no router params: remove router from trainable")
-            continue
-        there = ", ".join(f"{name} ({len(names)} tensors)" for name, names in groups.items() if names)
-        hint = f"groups with parameters: {there}" if there else f"layer names: {', '.join(layer_names)}"
-        raise ModelError(
-            f"No trainable parameters in group {group} (phase from step {phase.step})",
-            key="training.phases",
-            hint=f"{hint}; --debug-trainable-names lists what trains",
-        )
-    if not some:
-        raise ModelError(
-            f"No trainable parameters: the phase from step {phase.step} names no group",
-            key="training.phases",
-            hint=f"groups: {', '.join(sorted(groups))}",
-        )
-    return warnings
+    empty = [group for group in phase.groups if not groups[group]]
+    if some and empty == ["router"]:
+        return ["the router group has no parameters in this model: the phases train without it"]
+    if some and not empty:
+        return []
+    there = ", ".join(f"{name} ({len(names)} tensors)" for name, names in groups.items() if names)
+    hint = f"groups with parameters: {there}" if there else f"layer names: {', '.join(layer_names)}"
+    which = f" in group {', '.join(empty)}" if empty else ""
+    raise ModelError(
+        f"No trainable parameters{which} (phase from step {phase.step})",
+        key="training.phases",
+        hint=f"{hint}; --debug-trainable-names lists what trains",
+    )
 
 
 def _refuse_overlap(groups: Groups) -> None:

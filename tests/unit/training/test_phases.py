@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from eulerforge.api import InjectionReport, SiteReport
+from eulerforge.config.schema import PhaseConfig, TrainingConfig
 from eulerforge.errors import ConfigError, EulerForgeError, ModelError, PluginError
-from eulerforge.training.phases import enter_phase, plan_phases, resolve_groups
+from eulerforge.training.phases import PhasePlan, enter_phase, plan_phases, resolve_groups
 
 
 def site(path: str, group: str) -> SiteReport:
@@ -21,8 +23,12 @@ def site(path: str, group: str) -> SiteReport:
     )  # fmt: skip
 
 
-def phase(step: int, *trainable: str) -> Any:
-    return SimpleNamespace(step=step, trainable=trainable)
+def phase(step: int, *trainable: str) -> PhaseConfig:
+    return PhaseConfig(step=step, trainable=trainable)
+
+
+def plan(*phases: PhaseConfig, groups: Any = None, **options: Any) -> PhasePlan:
+    return plan_phases(TrainingConfig(phases=phases), groups or GROUPS, REPORT, **options)
 
 
 @pytest.fixture
@@ -37,6 +43,7 @@ GROUPS = {
     "lora": ("up.weight", "up.bias"),
     "attn_lora": ("q.weight", "q.bias"),
     "router": (),
+    "empty": (),
     "base_ffn": ("base.weight",),
 }
 
@@ -70,61 +77,61 @@ def test_a_faulty_resolver_is_named(model: nn.Module, answers: list[Any], part: 
 
 
 def test_without_phases_every_group_of_the_injection_trains() -> None:
-    plan = plan_phases([], GROUPS, REPORT)
-    assert [(one.step, one.groups) for one in plan.phases] == [(0, ("lora", "attn_lora"))]
-    assert plan.trained_names == ("up.weight", "up.bias", "q.weight", "q.bias")
+    made = plan()
+    assert [(one.step, one.groups) for one in made.phases] == [(0, ("lora", "attn_lora"))]
+    assert made.trained_names == ("up.weight", "up.bias", "q.weight", "q.bias")
 
 
 def test_a_phase_holds_from_its_step_to_the_next() -> None:
-    plan = plan_phases([phase(5, "attn_lora"), phase(0, "lora"), phase(8, "lora", "base_ffn")], GROUPS, REPORT)
-    assert [plan.at(step).step for step in (0, 4, 5, 7, 8, 99)] == [0, 0, 5, 5, 8, 8]
-    assert plan.names_of(plan.at(8)) == ("up.weight", "up.bias", "base.weight")
-    assert set(plan.groups) == {"lora", "attn_lora", "base_ffn"}
-    assert str(plan.at(8)) == "from step 8: lora, base_ffn"
+    made = plan(phase(0, "lora"), phase(5, "attn_lora"), phase(8, "lora", "base_ffn"))
+    assert [made.at(step).step for step in (0, 4, 5, 7, 8, 99)] == [0, 0, 5, 5, 8, 8]
+    assert made.names_of(made.at(8)) == ("up.weight", "up.bias", "base.weight")
+    assert set(made.groups) == {"lora", "attn_lora", "base_ffn"}
+    assert str(made.at(8)) == "from step 8: lora, base_ffn"
 
 
 @pytest.mark.parametrize(
     ("phases", "kind", "message", "hint"),
     [
-        ([phase(1, "lora")], ConfigError, "first phase starts at step 1", "step 0"),
-        ([phase(0, "lora"), phase(0, "attn_lora")], ConfigError, "same step", "merge"),
-        ([phase(0, "lroa")], ConfigError, "unknown phase group 'lroa'", "did you mean lora?"),
-        ([phase(0, "zzz")], ConfigError, "unknown phase group 'zzz'", "attn_lora, base_ffn, lora, router"),
-        ([phase(0)], ModelError, "No trainable parameters", "groups:"),
+        ([phase(1, "lora")], ConfigError, "first phase must start at step 0", ""),
+        ([phase(0, "lora"), phase(0, "attn_lora")], ConfigError, "must increase", ""),
+        ([phase(0, "lora"), phase(5, "lora"), phase(3, "lora")], ConfigError, "must increase", ""),
+        ([phase(0, "lroa")], ConfigError, "there is no group 'lroa'", "did you mean lora?"),
+        ([phase(0, "zzz")], ConfigError, "there is no group 'zzz'", "attn_lora, base_ffn, empty, lora, router"),
+        ([phase(0)], ConfigError, "No trainable parameters", ""),
+        ([phase(0, "lora", "empty")], ModelError, "No trainable parameters in group empty", r"attn_lora \(2 tensors\)"),
         ([phase(0, "router")], ModelError, "No trainable parameters in group router", r"lora \(2 tensors\)"),
     ],
 )
 def test_phases_that_cannot_train(phases: list[Any], kind: type[EulerForgeError], message: str, hint: str) -> None:
-    import re
-
     with pytest.raises(kind, match=message) as refused:
-        plan_phases(phases, GROUPS, REPORT)
+        plan(*phases)
     assert re.search(hint, refused.value.problems[0].hint or "")
 
 
 def test_where_nothing_can_train_the_hint_names_the_layers() -> None:
     with pytest.raises(ModelError, match="No trainable parameters") as refused:
-        plan_phases([phase(0, "lora")], {"lora": ()}, REPORT, layer_names=["gate_proj", "up_proj"])
+        plan(phase(0, "lora"), groups={"lora": ()}, layer_names=["gate_proj", "up_proj"])
     assert "gate_proj, up_proj" in (refused.value.problems[0].hint or "")
 
 
 def test_an_empty_router_beside_others_is_a_warning() -> None:
-    plan = plan_phases([phase(0, "lora", "router"), phase(2, "router", "lora")], GROUPS, REPORT)
-    assert plan.warnings == ("dense_lora typically has no router params: remove router from trainable",)
-    assert "router" not in plan.groups
+    made = plan(phase(0, "lora", "router"), phase(2, "router", "lora"))
+    assert made.warnings == ("the router group has no parameters in this model: the phases train without it",)
+    assert "router" not in made.groups
 
 
 def test_a_parameter_in_two_groups_is_refused() -> None:
     with pytest.raises(PluginError, match=r"up.weight is in two phase groups, lora and mine"):
-        plan_phases([phase(0, "lora", "mine")], {**GROUPS, "mine": ("up.weight",)}, REPORT)
+        plan(phase(0, "lora", "mine"), groups={**GROUPS, "mine": ("up.weight",)})
 
 
 def test_entering_a_phase_freezes_the_rest_and_takes_its_gradients_away(model: nn.Module) -> None:
-    plan = plan_phases([phase(0, "lora"), phase(1, "attn_lora")], GROUPS, REPORT)
+    made = plan(phase(0, "lora"), phase(1, "attn_lora"))
     for step, wanted in ((0, GROUPS["lora"]), (1, GROUPS["attn_lora"])):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        trainable = enter_phase(model, plan, plan.at(step))
+        trainable = enter_phase(model, made, made.at(step))
         named = dict(model.named_parameters())
         assert [id(parameter) for parameter in trainable] == [id(named[name]) for name in wanted]
         assert {name for name, parameter in named.items() if parameter.requires_grad} == set(wanted)
