@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -57,8 +57,13 @@ class SiteReport:
 class InjectionReport:
     """All that a strategy injected.
 
+    ``keywords`` are those that the strategy looked for.
     ``unmatched`` maps a keyword that reached nothing to the nearest names in the model.
     ``partial`` maps a keyword to the layers (of those chosen) that it did not reach.
+
+    The core fills in the rest: ``present`` maps each role to the chosen layers that have a place of it, adapted or not.
+    ``gaps`` says in words what is not covered; a run goes on with one only if ``allow_partial`` (the preset's word) or
+    the backbone itself declared that a part is enough.
     """
 
     strategy: str
@@ -68,6 +73,10 @@ class InjectionReport:
     unmatched: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict)
     partial: Mapping[str, tuple[int, ...]] = attrs.field(factory=dict)
     warnings: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    keywords: tuple[str, ...] = ()
+    present: Mapping[str, tuple[int, ...]] = attrs.field(factory=dict)
+    gaps: tuple[str, ...] = ()
+    allow_partial: bool = False
 
     @property
     def parameter_count(self) -> int:
@@ -81,26 +90,46 @@ class InjectionReport:
             groups[site.group] = groups.get(site.group, ()) + site.parameters
         return groups
 
-    def coverage(self) -> dict[str, dict[str, int]]:
-        """Role -> {layers reached, parameters}: the layer x role table, summed over the layers."""
-        table: dict[str, dict[str, int]] = {}
-        for site in self.sites:
-            row = table.setdefault(site.role, {"layers": 0, "sites": 0, "parameters": 0})
-            row["sites"] += 1
-            row["parameters"] += site.parameter_count
-        for role, row in table.items():
-            row["layers"] = len({site.layer for site in self.sites if site.role == role})
+    def coverage(self) -> dict[str, dict[str, Any]]:
+        """The layer x role matrix: role -> {reached, present: lists of layers; layers, sites, parameters: counts}."""
+        roles = dict.fromkeys([*self.present, *(site.role for site in self.sites)])
+        table: dict[str, dict[str, Any]] = {}
+        for role in roles:
+            sites = [site for site in self.sites if site.role == role]
+            reached = sorted({site.layer for site in sites})
+            table[role] = {
+                "reached": reached,
+                "present": list(self.present.get(role, reached)),
+                "layers": len(reached),
+                "sites": len(sites),
+                "parameters": sum(site.parameter_count for site in sites),
+            }
         return table
 
     def lines(self) -> list[str]:
-        """The coverage as a person reads it."""
-        chosen = len(self.layers)
+        """The coverage as a person reads it: each role with the layers that are adapted, of those that have it."""
+        table = self.coverage()
         text = [
-            f"adapted {len(self.sites)} modules in {chosen} of {self.depth} layers, {self.parameter_count:,} parameters"
+            f"adapted {len(self.sites)} modules in {len(self.layers)} of {self.depth} layers,"
+            f" {self.parameter_count:,} parameters"
         ]
-        for role, row in self.coverage().items():
-            text.append(f"  {role:<20} {row['layers']:>3} of {chosen} layers  {row['parameters']:>12,} parameters")
+        width = max((len(ranges(row["reached"])) for row in table.values()), default=0)
+        for role, row in table.items():
+            where = f"{ranges(row['reached']) or '-':<{width}}"
+            share = f"{row['layers']:>3} of {len(row['present'])} layers"
+            text.append(f"  {role:<20} {share:<16} {where}  {row['parameters']:>12,} parameters")
         return text
 
     def to_json(self) -> dict[str, Any]:
         return {**attrs.asdict(self), "coverage": self.coverage(), "parameter_count": self.parameter_count}
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """(0, 1, 2, 4) as "0-2, 4"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)

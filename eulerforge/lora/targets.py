@@ -1,7 +1,7 @@
 """From a user's keywords to modules: which layers, which places, and what was not reached.
 
-Every strategy that adapts linear modules shares this; nothing is matched by substring, and nothing outside the
-decoder layers is looked at.
+Every strategy that adapts weights shares this; nothing is matched by substring, and nothing outside the decoder layers
+is looked at.
 """
 
 from __future__ import annotations
@@ -14,25 +14,32 @@ from torch import nn
 
 from eulerforge.api import BackboneAdapter, InjectionConfig, Site
 from eulerforge.errors import ModelError
+from eulerforge.lora.coverage import Place, layer_names, uncovered
 
 
 @attrs.frozen(kw_only=True)
 class Target:
-    """One module to adapt: its full path, layer index, role, and the keyword that reached it."""
+    """One module to adapt: its full path, layer index, role, and the keyword that reached it.
+
+    ``parameter`` is as in ``Site``: None for a linear module, else the bare parameter of ``module`` that is meant; two
+    targets may then share one module.
+    """
 
     path: str
     layer: int
     role: str
     keyword: str
     module: nn.Module
+    parameter: str | None = None
 
 
 @attrs.frozen(kw_only=True)
 class Selection:
-    """What the keywords reached; ``unmatched`` and ``partial`` are as in ``InjectionReport``."""
+    """What the keywords reached; ``keywords``, ``unmatched`` and ``partial`` are as in ``InjectionReport``."""
 
     depth: int
     layers: tuple[int, ...]
+    keywords: tuple[str, ...]
     targets: tuple[Target, ...]
     unmatched: dict[str, tuple[str, ...]]
     partial: dict[str, tuple[int, ...]]
@@ -74,42 +81,36 @@ def select_targets(
     """
     layers = list(adapter.find_transformer_layers(model))
     chosen = choose_layers(len(layers), config)
-    names = {id(module): name for name, module in model.named_modules()}
-    reached: dict[str, set[int]] = {keyword: set() for keyword in keywords}
-    targets: dict[str, Target] = {}
-    seen: set[str] = set()
-    for index in chosen:
-        layer = layers[index]
-        if id(layer) not in names:
-            raise ModelError(f"the backbone adapter {type(adapter).__name__} gives a layer that is not in the model")
-        for site in adapter.find_sites(layer):
-            seen.add(site.name)
-            for keyword in keywords:
-                if matches(site, keyword, adapter, config.match):
-                    reached[keyword].add(index)
-                    path = f"{names[id(layer)]}.{site.path}"
-                    targets.setdefault(
-                        path,
-                        Target(
-                            path=path,
-                            layer=index,
-                            role=site.role,
-                            keyword=keyword,
-                            module=layer.get_submodule(site.path),
-                        ),
-                    )
+    prefixes = layer_names(model, adapter, layers)
+    sites = {index: tuple(adapter.find_sites(layers[index])) for index in chosen}
+    hit: set[str] = set()
+    targets: dict[Place, Target] = {}
+    for index, keyword, site in ((i, keyword, site) for i in chosen for site in sites[i] for keyword in keywords):
+        if not matches(site, keyword, adapter, config.match):
+            continue
+        hit.add(keyword)
+        targets.setdefault(
+            Place(index, site.path, site.parameter),
+            Target(
+                path=f"{prefixes[index]}.{site.path}",
+                layer=index,
+                role=site.role,
+                keyword=keyword,
+                module=layers[index].get_submodule(site.path),
+                parameter=site.parameter,
+            ),
+        )
+    seen = sorted({site.name for found in sites.values() for site in found})
+    gaps = uncovered(adapter, sites, [keyword for keyword in keywords if keyword in hit], targets)
     return Selection(
         depth=len(layers),
         layers=chosen,
+        keywords=tuple(keywords),
         targets=tuple(targets.values()),
         unmatched={
-            keyword: tuple(difflib.get_close_matches(keyword, sorted(seen), n=3, cutoff=0.5)) or tuple(sorted(seen))
+            keyword: tuple(difflib.get_close_matches(keyword, seen, n=3, cutoff=0.5)) or tuple(seen)
             for keyword in keywords
-            if not reached[keyword]
+            if keyword not in hit
         },
-        partial={
-            keyword: tuple(index for index in chosen if index not in hit)
-            for keyword, hit in reached.items()
-            if hit and len(hit) < len(chosen)
-        },
+        partial={keyword: gap.layers for keyword, gap in gaps.items()},
     )

@@ -17,12 +17,15 @@ from eulerforge.errors import ModelError
 class TableAdapter:
     """``roles`` maps a module's path in a layer to its role, ``keywords`` a user's keyword to the roles it means.
 
+    A path of ``roles`` may end in the name of a bare parameter (``mlp.experts.down_proj``): the site then names it.
     A linear module that ``roles`` does not list is still a site, with the role ``other``: an exact keyword reaches it.
+    One in ``skipped`` is none: no keyword reaches it.
     """
 
     roles: ClassVar[Mapping[str, str]] = {}
     keywords: ClassVar[Mapping[str, Sequence[str]]] = {}
     routers: ClassVar[Sequence[str]] = ()
+    skipped: ClassVar[Sequence[str]] = ()
     default_keywords: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
 
     def find_transformer_layers(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -38,14 +41,20 @@ class TableAdapter:
         return list(layers)
 
     def find_sites(self, layer: nn.Module) -> Sequence[Site]:
-        """Every linear module of the layer, in the layer's order; a wrapped one counts once, as the wrapper."""
-        sites, inside = [], ""
+        """Every linear module and listed parameter, in the layer's order; a wrapped one counts once, as the wrapper."""
+        sites: list[Site] = []
+        inside = ""
         for path, module in layer.named_modules():
-            if inside and path.startswith(inside):
+            if (inside and path.startswith(inside)) or path in self.skipped:
                 continue
-            base = getattr(module, "base_layer", None)
-            if isinstance(module, nn.Linear) or isinstance(base, nn.Linear):
-                sites.append(Site(path, self.roles.get(path, "other")))
+            base = getattr(module, "base_layer", module)
+            if isinstance(base, nn.Linear):
+                found = [Site(path, self.roles.get(path, "other"))]
+            else:
+                bare = [name for name, _ in base.named_parameters(recurse=False) if f"{path}.{name}" in self.roles]
+                found = [Site(path, self.roles[f"{path}.{name}"], name) for name in bare]
+            if found:
+                sites += found
                 inside = path + "."
         return sites
 
@@ -76,3 +85,35 @@ class DenseAdapter(TableAdapter):
 
     roles = DENSE_ROLES
     keywords = DENSE_KEYWORDS
+
+
+MIXTURE_ROLES: Mapping[str, str] = {
+    **DENSE_ROLES,
+    "mlp.experts.gate_up_proj": "experts.gate_up",
+    "mlp.experts.down_proj": "experts.down",
+    "mlp.shared_expert.gate_proj": "shared_expert.gate",
+    "mlp.shared_expert.up_proj": "shared_expert.up",
+    "mlp.shared_expert.down_proj": "shared_expert.down",
+}
+"""The layout of transformers' mixtures: routed experts fused into two parameters, some with a shared expert beside."""
+
+MIXTURE_KEYWORDS: Mapping[str, tuple[str, ...]] = {
+    **DENSE_KEYWORDS,
+    "gate_proj": ("ffn.gate", "experts.gate_up", "shared_expert.gate"),
+    "up_proj": ("ffn.up", "experts.gate_up", "shared_expert.up"),
+    "down_proj": ("ffn.down", "experts.down", "shared_expert.down"),
+    "gate_up_proj": ("experts.gate_up",),
+}
+
+
+class MixtureAdapter(TableAdapter):
+    """The adapter of a family whose layers may be mixtures: a feed-forward keyword reaches every expert.
+
+    Gate and up projection of the routed experts are one parameter, so either keyword reaches both.
+    The shared expert's gate, a single output, is a router and not a site.
+    """
+
+    roles = MIXTURE_ROLES
+    keywords = MIXTURE_KEYWORDS
+    routers = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
+    skipped = ("mlp.shared_expert_gate",)

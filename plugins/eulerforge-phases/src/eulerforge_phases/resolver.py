@@ -30,7 +30,13 @@ class StandardGroups:
             for site in adapter.find_sites(layer):
                 if site.role.startswith(FFN_ROLES):
                     module = layer.get_submodule(site.path)
-                    found = (f"{prefix}.{site.path}.{name}" for name, _ in module.named_parameters())
+                    # of a module with bare parameters only the one that the site means; wrapped, it is base_layer's
+                    own = [
+                        name
+                        for name, _ in module.named_parameters()
+                        if site.parameter is None or name.removeprefix("base_layer.") == site.parameter
+                    ]
+                    found = (f"{prefix}.{site.path}.{name}" for name in own)
                     ffn += [name for name in found if name not in added]
         return {
             "lora": injected.get("lora", ()),

@@ -42,7 +42,8 @@ def inject_dense_lora_inplace(
         keywords += [keyword for keyword in config.attn_lora.keywords if keyword not in keywords]
     selection = select_targets(model, adapter, config, keywords)
     for target in selection.targets:
-        if not isinstance(target.module, nn.Linear) and not hasattr(target.module, "base_layer"):
+        linear = isinstance(target.module, nn.Linear) or hasattr(target.module, "base_layer")
+        if target.parameter is not None or not linear:
             raise ModelError(
                 f"{target.path} is a {type(target.module).__name__}; dense_lora adapts linear modules only",
                 hint=f"take {target.keyword!r} out of the keywords",

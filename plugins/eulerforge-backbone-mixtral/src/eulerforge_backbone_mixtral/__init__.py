@@ -1,0 +1,1 @@
+"""Mixtral backbone adapter for EulerForge."""
