@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eulerforge.cli.numbers import at_least
+
 if TYPE_CHECKING:
     from eulerforge.evaluation.bench import BenchReport
 
@@ -24,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", action="append", default=[], metavar="FILE", help="rows to measure instead of the held-out ones"
     )
     parser.add_argument(
-        "--samples", type=_count, metavar="N", help="held-out prompts to answer (default: the preset's)"
+        "--samples", type=at_least(0), metavar="N", help="held-out prompts to answer (default: the preset's)"
     )
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="a prompt to answer; may be repeated"
     )
-    parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest answer (default: the preset's)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="answer length (default: the preset's)")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: the preset's)")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -81,10 +83,3 @@ def lines(report: BenchReport) -> list[str]:
     for sample in report.samples:
         text += ["", *sample.lines()]
     return text
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value

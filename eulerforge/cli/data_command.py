@@ -9,6 +9,8 @@ import argparse
 import sys
 from typing import TextIO
 
+from eulerforge.cli.numbers import at_least
+
 TRAINED_START, TRAINED_END = "\x1b[32m", "\x1b[0m"
 MASKED_START, MASKED_END = "\x1b[2m", "\x1b[0m"
 
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     preview = actions.add_parser("preview", help="show rows with trained and masked tokens told apart")
     add_config_options(preview)
-    preview.add_argument("--rows", type=_positive, default=3, metavar="N", help="how many rows to show (default 3)")
+    preview.add_argument("--rows", type=at_least(1), default=3, metavar="N", help="how many rows to show (default 3)")
     preview.add_argument("--validation", action="store_true", help="show held-out rows instead of training rows")
     preview.add_argument("--json", action="store_true", help="print JSON on stdout")
 
@@ -57,13 +59,6 @@ def run(args: argparse.Namespace) -> int:
     for line in datasets.report.lines():
         print(line)
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
 
 
 def _brackets(stream: TextIO) -> tuple[str, str]:

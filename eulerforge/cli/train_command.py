@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eulerforge.cli.numbers import at_least
 from eulerforge.cli.output import emit_json, say, warn
 from eulerforge.cli.plugin_options import registry_from
 from eulerforge.cli.train_config import add_config_options, load_from_args, validate
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks, and gradient norms of each group")
     parser.add_argument("--debug-trainable-names", action="store_true", help="list every tensor that trains")
     parser.add_argument(
-        "--debug-every", type=_step_count, metavar="N", help="show each group's norms every N steps (default 10)"
+        "--debug-every", type=at_least(1), metavar="N", help="show each group's norms every N steps (default 10)"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
@@ -164,10 +165,3 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-
-def _step_count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of steps")
-    return value

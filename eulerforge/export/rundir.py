@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from eulerforge.api import InjectionReport
 from eulerforge.config import load_run_config
 from eulerforge.config.schema import RunConfig
 from eulerforge.errors import CheckpointError
 from eulerforge.lora.apply import apply_injection
-from eulerforge.lora.state import adapter_state, load_adapter_state
 from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model
 from eulerforge.models.source import BaseSource
-from eulerforge.training.checkpoint import ADAPTER_FILE, TrainState, latest_complete, read_state, verify
+from eulerforge.training.checkpoint import TrainState, latest_complete, load_trained, read_state, verify
 from eulerforge.training.outdir import CONFIG_FILE, FINAL
 from eulerforge.training.receipt import base_weights
 
@@ -176,15 +173,7 @@ def attach(base: OpenBase, registry: Registry) -> TrainedRun:
     model = base.model
     injected = apply_injection(base.run, registry, model)
     _refuse_other_injection(injected.report, base.location)
-    path = base.location.checkpoint / ADAPTER_FILE
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", hint="use an earlier checkpoint") from error
-    adapters = adapter_state(model).keys()
-    load_adapter_state(model, {name: tensor for name, tensor in state.items() if name in adapters})
-    trained = {name: tensor for name, tensor in state.items() if name not in adapters}
-    _load_base_tensors(model, trained)
+    trained = load_trained(base.location.checkpoint, model)
     model.eval()
     return TrainedRun(
         **{field.name: getattr(base, field.name) for field in attrs.fields(OpenBase)},
@@ -231,14 +220,3 @@ def _refuse_other_injection(report: InjectionReport, location: Location) -> None
             key="injection",
             hint="put the file back as the training wrote it, and use the plugin's version from then",
         )
-
-
-def _load_base_tensors(model: Any, trained: Mapping[str, torch.Tensor]) -> None:
-    own = dict(model.named_parameters())
-    for name, tensor in trained.items():
-        if name not in own or own[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"the checkpoint's tensor {name} {tuple(tensor.shape)} does not fit the model",
-                hint="use the preset and the base that it was trained with",
-            )
-        own[name].copy_(tensor)

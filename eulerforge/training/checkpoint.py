@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from eulerforge.config.atomic import (
     write_json_atomic,
 )
 from eulerforge.errors import CheckpointError, RunError
-from eulerforge.lora.state import adapter_state
+from eulerforge.lora.state import adapter_state, load_adapter_state
 from eulerforge.training.memory import gib
 from eulerforge.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
@@ -174,20 +174,46 @@ def load_checkpoint(
     Raises:
         CheckpointError: a tensor is missing, is not expected, or has another shape.
     """
-    own = dict(model.named_parameters())
-    expected = adapter_state(model).keys() | set(trained_names)
-    found = load_file(folder / ADAPTER_FILE)
-    wrong = sorted(expected ^ found.keys()) or [name for name in found if found[name].shape != own[name].shape]
+    load_trained(folder, model, trained_names)
+    load_optimizer_tensors(optimizer, model, load_file(folder / OPTIMIZER_FILE))
+    return read_state(folder)
+
+
+def load_trained(
+    folder: Path, model: nn.Module, trained_names: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Copy what a run trained, adapters and base weights, into a model that was injected in the same way.
+
+    Args:
+        trained_names: the parameters that the run trains; None takes the base weights that the folder holds.
+
+    Returns:
+        The base weights among them, by their names in the injected model.
+
+    Raises:
+        CheckpointError: the file is damaged, or a tensor is missing, is not expected, or has another shape.
+    """
+    path = folder / ADAPTER_FILE
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", hint="use an earlier checkpoint") from error
+    own, adapters = dict(model.named_parameters()), adapter_state(model).keys()
+    base = {name: tensor for name, tensor in found.items() if name not in adapters}
+    expected = base.keys() if trained_names is None else set(trained_names) - adapters
+    wrong = sorted(expected ^ base.keys()) or [
+        name for name, tensor in base.items() if name not in own or own[name].shape != tensor.shape
+    ]
     if wrong:
         raise CheckpointError(
             f"{folder} does not fit the model: {len(wrong)} tensors differ, {wrong[0]} first",
-            hint="resume with the preset that the run was started with",
+            hint="use the preset and the base that the run was started with",
         )
+    load_adapter_state(model, {name: tensor for name, tensor in found.items() if name in adapters})
     with torch.no_grad():
-        for name, tensor in found.items():
+        for name, tensor in base.items():
             own[name].copy_(tensor)
-    load_optimizer_tensors(optimizer, model, load_file(folder / OPTIMIZER_FILE))
-    return read_state(folder)
+    return base
 
 
 def write_state(folder: Path, state: TrainState) -> None:

@@ -34,8 +34,8 @@ def words(prepared: Path, tmp_path: Path, *more: str, **changes: Any) -> list[st
         (["--debug", "--debug-every", "5", "--preflight"], "--debug-every does nothing with --preflight"),
         (["--debug-trainable-names", "--validate-only"], "--debug-trainable-names does nothing with --validate-only"),
         (["--debug-trainable-names", "--print-config"], "--debug-trainable-names does nothing with --print-config"),
-        (["--debug", "--debug-every", "0"], "0 is not a number of steps"),
-        (["--debug", "--debug-every", "x"], "invalid"),
+        (["--debug", "--debug-every", "0"], "0 is less than 1"),
+        (["--debug", "--debug-every", "x"], "'x' is not a whole number"),
     ],
 )
 def test_a_flag_that_would_do_nothing_is_refused(

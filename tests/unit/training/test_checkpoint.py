@@ -80,11 +80,33 @@ def test_it_comes_back_to_the_bit(saved: Saved, make_run: Callable[..., Any]) ->
 
 def test_another_rank_or_other_targets_do_not_fit(saved: Saved, make_run: Callable[..., Any]) -> None:
     folder = saved.save(1)
-    for changes in ({"injection__lora_r": 2}, {"injection__attn_lora.enabled": False}):
+    base_too = [{"step": 0, "trainable": ["lora", "attn_lora", "base_ffn"]}]
+    for changes, message in (
+        ({"injection__lora_r": 2}, "has shape"),
+        ({"injection__attn_lora.enabled": False}, "12 tensors differ"),
+        ({"training__phases": base_too}, "9 tensors differ"),
+    ):
         other = make_run(**changes)
         optimizer = make_optimizer(other.model, other.phases.groups, other.config.training)
-        with pytest.raises(CheckpointError, match="does not fit the model"):
+        before = {name: tensor.clone() for name, tensor in other.model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=message):
             load_checkpoint(folder, other.model, optimizer, other.phases.trained_names)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.model.state_dict().items())
+
+
+def test_base_weights_come_back_with_the_adapters(make_run: Callable[..., Any]) -> None:
+    phases = [{"step": 0, "trainable": ["lora", "base_ffn"]}]
+    run = make_run(training__phases=phases)
+    folder = Saved(run).save(1)
+    fresh = make_run(training__phases=phases)
+    base = room.load_trained(folder, fresh.model)
+    assert len(base) == 9
+    assert all(name.endswith(".base_layer.weight") for name in base)
+    want = dict(run.model.named_parameters())
+    assert all(torch.equal(parameter, want[name]) for name, parameter in fresh.model.named_parameters())
+    (folder / "adapter.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        room.load_trained(folder, fresh.model)
 
 
 def _cut(path: Path) -> None:
