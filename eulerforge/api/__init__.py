@@ -10,6 +10,7 @@ from eulerforge.api.protocols import (
     InjectionStrategy,
     LinearOps,
     PhaseGroupResolver,
+    SequenceMixerFinder,
 )
 from eulerforge.api.report import InjectionReport, Site, SiteReport
 from eulerforge.api.settings import InjectionConfig, setting
@@ -32,6 +33,7 @@ __all__ = [
     "PhaseGroupSpec",
     "PresetSpec",
     "Problem",
+    "SequenceMixerFinder",
     "Site",
     "SiteReport",
     "Spec",

@@ -42,6 +42,20 @@ class BackboneAdapter(Protocol):
 
 
 @runtime_checkable
+class SequenceMixerFinder(Protocol):
+    """What an adapter offers besides, when its spec's ``isolation`` is ``gather``; no part of ``BackboneAdapter``, so
+    that an adapter without it stays one."""
+
+    def find_sequence_mixers(self, layer: nn.Module) -> Sequence[str]:
+        """Paths in a layer of the modules other than attention through which tokens meet, such as ``linear_attn``.
+
+        Each takes hidden states of shape (rows, tokens, width) first, or as ``hidden_states``, gives back one tensor of
+        the same shape, and is causal. They get a packed row's documents as rows padded on the right.
+        """
+        ...
+
+
+@runtime_checkable
 class LinearOps(Protocol):
     """How to read and write the weight of one kind of linear module (plain, 4-bit, 8-bit, third-party)."""
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import attrs
 
+ISOLATIONS = ("none", "attention", "gather")
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -54,11 +56,16 @@ class BackboneSpec(Spec):
     ``partial_model_types`` are accepted when named, although keywords reach only a part of the layers:
     the run warns and says which.
     ``roles`` are the roles that the adapter knows.
+    ``isolation`` says how documents that lie in one packed row can be kept apart:
+    ``attention``: tokens meet nowhere but in attention that goes through transformers' attention interface;
+    ``gather``: besides, in the modules that the adapter's ``find_sequence_mixers`` names;
+    ``none``: unknown, so that rows of this family are padded, never packed.
     """
 
     model_types: tuple[str, ...] = attrs.field(converter=_names)
     partial_model_types: tuple[str, ...] = attrs.field(default=(), converter=_names)
     roles: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    isolation: str = attrs.field(default="none", validator=attrs.validators.in_(ISOLATIONS))
 
 
 @attrs.frozen(kw_only=True)

@@ -75,6 +75,12 @@ class DataConfig:
     validation: ValidationConfig = setting(factory=ValidationConfig, help="Held-out rows")
     max_rows: int | None = setting(None, ge=1, help="Read this many rows at most")
     on_long: str = setting("truncate", choices=("truncate", "drop"), help="What happens to rows beyond max_length")
+    packing: str = setting(
+        "flat",
+        choices=("flat", "bins", "off"),
+        help="flat: documents one after another, no padding; bins: lines of max_length; off: padded rows, sorted by "
+        "length. No document is cut and none sees another; a backbone that cannot keep them apart is not packed",
+    )
     cache: bool = setting(True, help="Keep tokenized rows in the cache folder")
 
 
@@ -103,6 +109,12 @@ class TrainingConfig:
     num_epochs: float | None = setting(None, gt=0, help="Passes over the rows to train, instead of max_train_steps")
     batch_size: int = setting(4, ge=1, help="Rows of a micro-batch")
     grad_accum_steps: int = setting(1, ge=1, help="Micro-batches of an optimizer step")
+    tokens_per_micro_batch: int | None = setting(
+        None,
+        ge=1,
+        help="Tokens of a flat micro-batch at most; default: batch_size * max_length, on the CPU 2048 if that is less. "
+        "A longer row is a micro-batch of its own; the gradient does not depend on it",
+    )
     max_grad_norm: float = setting(1.0, ge=0, help="Gradient norm to clip to; 0 = off")
     log_steps: int = setting(10, ge=1, help="Report the loss every so many steps")
     save_steps: int = setting(0, ge=0, help="Save a checkpoint every so many steps; 0 = only at the end")

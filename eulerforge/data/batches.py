@@ -21,19 +21,24 @@ from eulerforge.data.tokenized import TokenizedRows
 if TYPE_CHECKING:
     import torch
 
+    from eulerforge.data.packing import Segments
+
 
 @attrs.frozen(kw_only=True)
 class Batch:
-    """Right-padded rows: B rows, T the longest of them. Labels are not shifted and are -100 where nothing is trained.
+    """B rows of T tokens: right-padded ones, or packed ones. Labels are not shifted, and -100 where nothing is trained.
 
     ``tokens`` counts real tokens, ``label_tokens`` those that the loss divides by.
+    Packed rows have no attention mask; ``position_ids`` begins at 0 in each document, ``segments`` says where they lie.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     labels: torch.Tensor
     tokens: int
     label_tokens: int
+    position_ids: torch.Tensor | None = None
+    segments: Segments | None = None
 
 
 class BatchPlan:
@@ -61,10 +66,14 @@ class BatchPlan:
         """How many times the rows have been gone through when ``step`` begins."""
         return step * self.rows_per_step / len(self.rows)
 
-    def step_rows(self, step: int) -> list[list[int]]:
-        """The micro-batches of a step: grad_accum_steps lists of batch_size row indices."""
+    def rows_of(self, step: int) -> list[int]:
+        """The row indices of a step; how they are cut into micro-batches is ``data/packing.py``'s."""
         first = step * self.rows_per_step
-        picked = [self._row_at(position) for position in range(first, first + self.rows_per_step)]
+        return [self._row_at(position) for position in range(first, first + self.rows_per_step)]
+
+    def step_rows(self, step: int) -> list[list[int]]:
+        """A step's rows in lists of ``batch_size``, of which there are ``grad_accum_steps``."""
+        picked = self.rows_of(step)
         return [picked[at : at + self.batch_size] for at in range(0, len(picked), self.batch_size)]
 
     def _row_at(self, position: int) -> int:

@@ -14,6 +14,7 @@ import attrs
 from eulerforge.config.cachedir import cache_root
 from eulerforge.config.schema import DataConfig, ValidationConfig
 from eulerforge.data.batches import pad_id
+from eulerforge.data.packing import Layout
 from eulerforge.data.prepared import build_dataset
 from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.errors import UsageError
@@ -157,9 +158,8 @@ def _measure(
     evaluation = held_out_loss(
         opened.model,
         rows,
-        batch_size=settings.evaluation.batch_size or settings.training.batch_size,
-        pad_id=pad_id(opened.tokenizer),
-        device=opened.device,
+        Layout.padded(settings.evaluation.batch_size or settings.training.batch_size, pad_id(opened.tokenizer)),
+        opened.device,
     )
     ids = [prompt.ids for prompt in prompts]
     return evaluation, generate_answers(opened.model, opened.tokenizer, ids, max_new_tokens=max_new_tokens)

@@ -13,12 +13,14 @@ import torch
 from eulerforge.api import InjectionReport
 from eulerforge.config.schema import RunConfig
 from eulerforge.data.batches import pad_id
+from eulerforge.data.packing import Layout, token_budget
 from eulerforge.data.prepared import Datasets, build_dataset
-from eulerforge.errors import UsageError
-from eulerforge.lora.apply import apply_injection
+from eulerforge.errors import PluginError, UsageError
+from eulerforge.lora.apply import Injected, apply_injection
 from eulerforge.models.device import pick_device
-from eulerforge.models.load import load_model, load_tokenizer
+from eulerforge.models.load import load_model, load_tokenizer, model_types
 from eulerforge.models.source import BaseSource
+from eulerforge.training.isolation import Isolation, isolate, prove
 from eulerforge.training.phases import PhasePlan, plan_phases, resolve_groups
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     out: Path
+    layout: Layout
+    isolation: Isolation
     warnings: tuple[str, ...] = ()
 
     @property
@@ -55,6 +59,17 @@ class Run:
     @property
     def eval_batch_size(self) -> int:
         return self.config.evaluation.batch_size or self.config.training.batch_size
+
+    @property
+    def eval_layout(self) -> Layout:
+        """How held-out rows are cut: packed if the training is, neighbours in length together, longest first."""
+        return attrs.evolve(
+            self.layout,
+            packing="off" if self.layout.packing == "off" else "flat",
+            batch_size=self.eval_batch_size,
+            token_budget=token_budget(self.config, self.device, rows=self.eval_batch_size),
+            by_length=True,
+        )
 
 
 def refuse_many_processes() -> None:
@@ -93,6 +108,8 @@ def assemble(
         warnings.append("fp16 gradients can underflow in the base; bf16 or fp32 are safer (model.load_precision.mode)")
     if config.training.gradient_checkpointing:
         enable_gradient_checkpointing(loaded.model)
+    layout, isolation = _layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)
+    say(isolation.line(layout.packing))
     return Run(
         config=config,
         model=loaded.model,
@@ -106,8 +123,47 @@ def assemble(
         device=device,
         dtype=loaded.dtype,
         out=out,
+        layout=layout,
+        isolation=isolation,
         warnings=tuple(warnings),
     )
+
+
+def _layout(
+    config: RunConfig, registry: Registry, model: Any, injected: Injected, filler: int, device: torch.device
+) -> tuple[Layout, Isolation]:
+    """How rows become micro-batches: packed if that is asked for and the model can, which is then proven."""
+    isolation, by_length = Isolation(), False
+    if config.data.packing != "off":
+        isolation = _isolation(config, registry, model, injected)
+        if isolation.possible:
+            isolation = attrs.evolve(isolation, leak=prove(model))
+            by_length = isolation.pads
+    layout = Layout(
+        packing=config.data.packing if isolation.possible else "off",
+        batch_size=config.training.batch_size,
+        max_length=config.data.max_length,
+        token_budget=token_budget(config, device),
+        pad_id=filler,
+        by_length=by_length,
+    )
+    return layout, isolation
+
+
+def _isolation(config: RunConfig, registry: Registry, model: Any, injected: Injected) -> Isolation:
+    spec, adapter, types = injected.backbone, injected.adapter, model_types(model.config)
+    partly = f"backbone {spec.name} knows this model in part"
+    if not any(kind in spec.model_types for kind in types):
+        # the backbone reaches a part of the model; only the one that knows all of it can say what mixes tokens
+        covering = next((found for kind in types if len(found := registry.backbones_for(kind)) == 1), None)
+        if covering is None:
+            return Isolation(reason=f"{partly}, and none is installed that knows all of it")
+        spec = covering[0]
+        try:
+            adapter = registry.create(spec)
+        except PluginError as error:
+            return Isolation(reason=f"{partly}, and {spec.name} is broken: {error}")
+    return isolate(model, spec, adapter, keep_attention=config.model.attn_implementation != "auto")
 
 
 def prepare_torch(config: RunConfig, device: torch.device) -> None:

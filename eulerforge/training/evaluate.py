@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 import torch
 
-from eulerforge.data.batches import collate
-from eulerforge.training.loss import label_token_loss
+from eulerforge.data.packing import Layout
+from eulerforge.training.forward import label_token_loss
 
 
 @attrs.frozen(kw_only=True)
@@ -39,28 +39,26 @@ class EvaluationStopped(Exception):
 def held_out_loss(
     model: Any,
     rows: Any,
-    batch_size: int,
-    pad_id: int,
+    layout: Layout,
     device: torch.device,
     *,
     stop_wanted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Loss of ``model`` on every row of a TokenizedRows; its train or eval mode is put back afterwards.
 
-    Rows go in order of length, longest first: little padding, and a batch that does not fit fails at once.
+    The longest rows go first, so that a batch that does not fit fails at once.
 
     Raises:
         EvaluationStopped: ``stop_wanted`` became true between two batches.
     """
     began, was_training = time.perf_counter(), model.training
-    order = sorted(range(len(rows)), key=lambda index: -int(rows.lengths[index]))
     total, tokens, label_tokens = 0.0, 0, 0
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
+        for lines in layout.cut(rows, range(len(rows))):
             if stop_wanted():
                 raise EvaluationStopped
-            batch = collate(rows, order[start : start + batch_size], pad_id, device)
+            batch = layout.batch(rows, lines, device)
             loss, count = label_token_loss(model, batch)
             total, tokens, label_tokens = total + float(loss), tokens + batch.tokens, label_tokens + count
     finally:

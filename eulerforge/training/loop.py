@@ -1,9 +1,10 @@
 """The training loop, to be read from top to bottom.
 
-Notable: one optimizer step is ``grad_accum_steps`` micro-batches, and its loss is the sum over label tokens divided by
-all label tokens of the step. They are counted before the first backward pass, so the gradient does not depend on how
-the batch is cut. Data order, learning rate and dropout are functions of the seed and the step alone: a run that goes on
-from a checkpoint computes what an uninterrupted one would.
+Notable: one optimizer step trains ``batch_size * grad_accum_steps`` rows, which ``data/packing.py`` cuts into
+micro-batches, and its loss is the sum over label tokens divided by all label tokens of the step. They are counted
+before the first backward pass, so the gradient does not depend on how the step is cut. Data order, learning rate and
+dropout are functions of the seed and the step alone: a run that goes on from a checkpoint computes what an
+uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import Any
 
 import torch
 
-from eulerforge.data.batches import BatchPlan, collate
+from eulerforge.data.batches import BatchPlan
+from eulerforge.data.packing import Lines
 from eulerforge.errors import RunError
 from eulerforge.training.assemble import Run
 from eulerforge.training.checkpoint import TrainState
 from eulerforge.training.debug import GroupNorms
 from eulerforge.training.evaluate import EvaluationStopped, held_out_loss
-from eulerforge.training.loss import label_token_loss
+from eulerforge.training.forward import label_token_loss
 from eulerforge.training.memory import peak_bytes
 from eulerforge.training.metrics import MetricsLog
 from eulerforge.training.optimizer import learning_rate
@@ -73,8 +75,9 @@ def train_loop(
             group["lr"] = rate
 
         # forward and backward, micro-batch by micro-batch
-        micro_batches = plan.step_rows(step)
-        batches = [collate(rows, indices, run.pad_id, run.device) for indices in micro_batches]
+        step_rows = plan.rows_of(step)
+        micro_batches = run.layout.cut(rows, step_rows)
+        batches = [run.layout.batch(rows, lines, run.device) for lines in micro_batches]
         label_tokens = sum(batch.label_tokens for batch in batches)
         loss, grad_norm, fault, suspects = 0.0, None, "", []
         for micro, batch in enumerate(batches):
@@ -95,7 +98,7 @@ def train_loop(
             grad_norm = float(norm)
             if not math.isfinite(grad_norm):
                 fault = f"the gradient of step {step + 1} is {grad_norm}"
-                suspects = [row for part in micro_batches for row in part]
+                suspects = [step_rows]
         if not fault:
             if config.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(trainable, config.max_grad_norm, norm)
@@ -151,7 +154,7 @@ def validate(
     if rows is None or not len(rows):
         return {}
     try:
-        result = held_out_loss(run.model, rows, run.eval_batch_size, run.pad_id, run.device, stop_wanted=stop_wanted)
+        result = held_out_loss(run.model, rows, run.eval_layout, run.device, stop_wanted=stop_wanted)
     except EvaluationStopped:
         return {}
     facts = {"held_out_loss": result.loss, "perplexity": result.perplexity, "held_out_tokens": result.label_tokens}
@@ -189,6 +192,7 @@ def _refuse_non_finite(what: str, state: TrainState, run: Run) -> None:
     raise RunError(what, hint=hint)
 
 
-def _named(indices: list[int], run: Run) -> str:
+def _named(lines: Lines, run: Run) -> str:
+    indices = [index for line in lines for index in line]
     shown = ", ".join(run.datasets.train.source(index) for index in indices[:8])
     return shown + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")

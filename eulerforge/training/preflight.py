@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from eulerforge.data.batches import Batch, BatchPlan, collate
+from eulerforge.data.batches import Batch, BatchPlan
 from eulerforge.errors import RunError
 from eulerforge.training.assemble import Run
-from eulerforge.training.loss import label_token_loss
+from eulerforge.training.forward import label_token_loss
 from eulerforge.training.memory import KeptForBackward, fixed_bytes, gib
 from eulerforge.training.optimizer import make_optimizer
 from eulerforge.training.phases import Phase, enter_phase
@@ -40,7 +40,8 @@ def preflight(run: Run) -> dict[str, Any]:
     training = run.config.training
     fixed = fixed_bytes(run.model, set(run.phases.trained_names))
     per_token = max(probe["kept_bytes"] for probe in probes) / batch.input_ids.numel()
-    activations = int(per_token * training.batch_size * run.config.data.max_length)
+    positions = run.layout.most_positions(training.batch_size * training.grad_accum_steps)
+    activations = int(per_token * positions)
     return {
         "model": run.source.name,
         "backbone": run.backbone,
@@ -52,6 +53,7 @@ def preflight(run: Run) -> dict[str, Any]:
         "phases": [{"step": phase.step, "groups": list(phase.groups)} for phase in run.phases.phases],
         "injection": run.report.to_json(),
         "probe": {"batch": source, "loss": probes[0]["loss"], "tensors_with_gradient": len(run.phases.trained_names)},
+        "packing": {**run.isolation.to_json(run.layout.packing), "largest_micro_batch": positions},
         "memory": {**fixed, "activations_estimate": activations, "total_estimate": sum(fixed.values()) + activations},
         "warnings": list(run.warnings),
     }
@@ -71,13 +73,16 @@ def preflight_lines(result: dict[str, Any], run: Run) -> list[str]:
         f"one forward and backward on {probe['batch']}: loss {probe['loss']:.4f},"
         f" every one of {probe['tensors_with_gradient']} trainable tensors gets a gradient"
     )
-    training = run.config.training
+    lines.append(run.isolation.line(run.layout.packing))
+    leak = result["packing"]["leak"]
+    if leak is not None:
+        lines.append(f"  isolation: replacing one document of a packed row moves the others' logits by {leak:.1e}")
     lines.append("memory")
     for name in ("weights", "trained", "gradients", "optimizer"):
         lines.append(f"  {name:<12} {gib(memory[name]):>12}")
     lines.append(
-        f"  activations  {gib(memory['activations_estimate']):>12}  (estimated, for {training.batch_size} rows of"
-        f" {run.config.data.max_length} tokens)"
+        f"  activations  {gib(memory['activations_estimate']):>12}  (estimated, for a micro-batch of"
+        f" {result['packing']['largest_micro_batch']:,} tokens)"
     )
     lines.append(f"  total        {gib(memory['total_estimate']):>12}  (estimated)")
     return lines + [f"warning: {warning}" for warning in result["warnings"]]
@@ -113,8 +118,9 @@ def _probe_batch(run: Run) -> tuple[Batch, str]:
     training = run.config.training
     if run.datasets is not None:
         plan = BatchPlan(run.datasets.train, training.batch_size, training.grad_accum_steps, run.config.seed)
-        indices = plan.step_rows(0)[0]
-        return collate(run.datasets.train, indices, run.pad_id, run.device), f"{len(indices)} rows of the data"
+        lines = run.layout.cut(run.datasets.train, plan.rows_of(0))[0]
+        count = sum(len(line) for line in lines)
+        return run.layout.batch(run.datasets.train, lines, run.device), f"{count} rows of the data"
     length = min(SYNTHETIC_LENGTH, run.config.data.max_length)
     generator = torch.Generator().manual_seed(run.config.seed)
     vocabulary = int(run.model.get_input_embeddings().weight.shape[0])

@@ -58,6 +58,7 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: 
         "backbone": run.backbone,
         "strategy": run.config.strategy,
         "seed": run.config.seed,
+        "packing": {**run.isolation.to_json(run.layout.packing), "token_budget": run.layout.token_budget},
         "base": {"name": run.source.name, "kind": run.source.kind, **weights},
         "data": {
             "train_sha256": run.datasets.train.sha256,

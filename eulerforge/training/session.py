@@ -108,6 +108,7 @@ class _Session:
             self._stop_if_wanted()
             after = self._measured(log, progress)
             self._stop_if_wanted()
+        self.run.isolation.remove()
         summary = make_summary(self.run, self.state, after)
         write_json_atomic(self.out / outdir.SUMMARY_FILE, summary)
         include_base = self.run.config.checkpoint.include_base

@@ -9,12 +9,24 @@ from typing import Any
 import pytest
 import torch
 
+from eulerforge.data.packing import Layout
 from eulerforge.training.evaluate import Evaluation, held_out_loss
 
 
+@pytest.mark.parametrize("packing", ["flat", "off"])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_the_mean_over_label_tokens_whatever_the_batches(make_run: Callable[..., Any], batch_size: int) -> None:
-    run = make_run(data__validation__size=7, injection__lora_dropout=0.5)
+def test_the_mean_over_label_tokens_whatever_the_batches(
+    make_run: Callable[..., Any], batch_size: int, packing: str
+) -> None:
+    run = make_run(
+        data__validation__size=7,
+        injection__lora_dropout=0.5,
+        evaluation__batch_size=batch_size,
+        data__max_length=64,
+        data__packing=packing,
+    )
+    layout = run.eval_layout
+    assert layout.packing == packing
     rows, model = run.datasets.validation, run.model
     model.eval()
     total, count, tokens = 0.0, 0, 0
@@ -28,7 +40,7 @@ def test_the_mean_over_label_tokens_whatever_the_batches(make_run: Callable[...,
         total += float(loss) * int((labels != -100).sum())
         count, tokens = count + int((labels != -100).sum()), tokens + batch.numel()
     model.train()
-    result = held_out_loss(model, rows, batch_size, run.pad_id, run.device)
+    result = held_out_loss(model, rows, layout, run.device)
     assert result.loss == pytest.approx(total / count, rel=1e-5)
     assert (result.label_tokens, result.tokens) == (count, tokens)
     assert result.seconds > 0
@@ -39,7 +51,7 @@ def test_the_mode_comes_back_even_when_it_fails(make_run: Callable[..., Any]) ->
     run = make_run(data__validation__size=2)
     run.model.train()
     with pytest.raises(IndexError):
-        held_out_loss(run.model, run.datasets.validation, 2, 10**6, run.device)
+        held_out_loss(run.model, run.datasets.validation, Layout.padded(2, 10**6), run.device)
     assert run.model.training
 
 

@@ -16,6 +16,7 @@ def eulerforge_backbones() -> list[BackboneSpec]:
             target="eulerforge_backbone_gemma3.adapter:Gemma3Adapter",
             summary="Gemma 3 text models and the language stack of the multimodal ones",
             model_types=("gemma3", "gemma3_text"),
+            isolation="attention",
             roles=(
                 "ffn.gate",
                 "ffn.up",

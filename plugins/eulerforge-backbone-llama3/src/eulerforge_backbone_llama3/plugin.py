@@ -16,6 +16,7 @@ def eulerforge_backbones() -> list[BackboneSpec]:
             target="eulerforge_backbone_llama3.adapter:Llama3Adapter",
             summary="Llama 2, 3.x and models with Llama's layout (SmolLM2)",
             model_types=("llama",),
+            isolation="attention",
             roles=("ffn.gate", "ffn.up", "ffn.down", "attn.q", "attn.k", "attn.v", "attn.o"),
         )
     ]

@@ -15,6 +15,7 @@ def eulerforge_backbones() -> list[BackboneSpec]:
             target="eulerforge_backbone_mixtral.adapter:MixtralAdapter",
             summary="Mixtral: attention and the routed experts",
             model_types=("mixtral",),
+            isolation="attention",
             roles=(
                 "attn.q",
                 "attn.k",

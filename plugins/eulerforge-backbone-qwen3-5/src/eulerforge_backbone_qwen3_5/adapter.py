@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from torch import nn
+
 from eulerforge.models.layout import MIXTURE_KEYWORDS, MIXTURE_ROLES, MixtureAdapter
 
 
@@ -35,3 +37,7 @@ class Qwen35Adapter(MixtureAdapter):
         "out_proj": ("linear_attn.out",),
     }
     skipped = (*MixtureAdapter.skipped, "linear_attn.in_proj_a", "linear_attn.in_proj_b")
+
+    def find_sequence_mixers(self, layer: nn.Module) -> Sequence[str]:
+        """Linear attention carries its state over the borders of packed documents, so that it is given them apart."""
+        return ("linear_attn",) if hasattr(layer, "linear_attn") else ()

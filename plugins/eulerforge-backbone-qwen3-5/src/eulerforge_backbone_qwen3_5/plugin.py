@@ -16,6 +16,7 @@ def eulerforge_backbones() -> list[BackboneSpec]:
             target="eulerforge_backbone_qwen3_5.adapter:Qwen35Adapter",
             summary="Qwen3.5 with full and linear attention, dense or mixture; the language stack of multimodal ones",
             model_types=("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+            isolation="gather",
             roles=(
                 "ffn.gate",
                 "ffn.up",

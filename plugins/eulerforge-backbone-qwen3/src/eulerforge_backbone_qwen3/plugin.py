@@ -17,6 +17,7 @@ def eulerforge_backbones() -> list[BackboneSpec]:
             model_types=("qwen3", "qwen3_moe"),
             # the tutorial pairs qwen3 with a Qwen3.5 checkpoint: its attention keywords reach every fourth layer only
             partial_model_types=("qwen3_5", "qwen3_5_text"),
+            isolation="attention",
             roles=(
                 "ffn.gate",
                 "ffn.up",

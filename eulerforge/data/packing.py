@@ -1,0 +1,224 @@
+"""How the rows of one optimizer step become micro-batches, without padding where the model allows it.
+
+Notable: exactly the rows that a padded run would train in the step are cut, and the step's loss is divided by the label
+tokens of the whole step, so the gradient is the padded run's whatever the cut is. No document is ever cut.
+"flat" lays the documents one after another in a single line, as many as a token budget allows; "bins" fills lines of
+max_length by first fit, longest first; "off" sorts by length and pads on the right.
+Letters in shapes: L lines, W width of a line, N = L x W positions, D documents, M tokens of the longest document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+import torch
+
+from eulerforge.data.batches import Batch, collate
+from eulerforge.data.rows import IGNORED
+from eulerforge.data.tokenized import TokenizedRows
+
+if TYPE_CHECKING:
+    from eulerforge.config.schema import RunConfig
+
+Lines = list[list[int]]
+"""The row indices of a micro-batch, line by line."""
+
+CPU_TOKENS = 2048
+"""On the CPU a larger micro-batch is no faster, it only needs more memory."""
+
+
+@attrs.frozen(kw_only=True, eq=False, slots=False)
+class Segments:
+    """Where the documents of a packed batch lie: one after another over its N flattened positions.
+
+    Every position belongs to a document; what fills up the end of a line counts as one.
+    """
+
+    lengths: tuple[int, ...]
+    shape: tuple[int, int]
+    device: torch.device
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """Borders of the documents, (D + 1,) int32, as the variable-length kernels want them."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def document_of(self) -> torch.Tensor:
+        """Number of the document that each position belongs to, (L, W) int32."""
+        numbers = torch.arange(len(self.lengths), dtype=torch.int32)
+        return numbers.repeat_interleave(torch.tensor(self.lengths)).view(self.shape).to(self.device)
+
+    def gather(self, flat: torch.Tensor) -> torch.Tensor:
+        """(N, ...) as (D, M, ...): documents as rows padded on the right with a copy of some token."""
+        return flat[self._from_flat]
+
+    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """(D, M, ...) back as (N, ...)."""
+        return rows.flatten(0, 1)[self._into_flat]
+
+    @cached_property
+    def _from_flat(self) -> torch.Tensor:
+        lengths = torch.tensor(self.lengths)
+        place = torch.arange(self.longest)[None, :].minimum(lengths[:, None] - 1)
+        return (place + (lengths.cumsum(0) - lengths)[:, None]).to(self.device)
+
+    @cached_property
+    def _into_flat(self) -> torch.Tensor:
+        inside = torch.arange(self.longest)[None, :] < torch.tensor(self.lengths)[:, None]
+        return inside.flatten().nonzero()[:, 0].to(self.device)
+
+
+@attrs.frozen(kw_only=True)
+class Layout:
+    """How rows become micro-batches.
+
+    ``packing`` is flat, bins or off. ``token_budget`` limits a flat micro-batch; a longer document is one of its own.
+    ``by_length`` is for models that compute parts of a flat batch padded (see ``training/isolation.py``): documents of
+    similar length go together, and the budget counts the padding.
+    """
+
+    packing: str
+    batch_size: int
+    max_length: int
+    token_budget: int
+    pad_id: int
+    by_length: bool = False
+
+    @classmethod
+    def padded(cls, batch_size: int, pad_id: int) -> Layout:
+        """Rows padded on the right: right for every model."""
+        return cls(packing="off", batch_size=batch_size, max_length=1, token_budget=1, pad_id=pad_id)
+
+    def cut(self, rows: TokenizedRows, indices: Sequence[int]) -> list[Lines]:
+        """The micro-batches of these rows; the longest ones come first where the order is free."""
+        if self.packing == "flat":
+            return [[part] for part in self._flat(rows, indices)]
+        if self.packing == "bins":
+            lines = first_fit(rows, indices, self.max_length)
+        else:
+            lines = [[index] for index in _longest_first(rows, indices)]
+        return [lines[at : at + self.batch_size] for at in range(0, len(lines), self.batch_size)]
+
+    def batch(self, rows: TokenizedRows, lines: Lines, device: torch.device | str) -> Batch:
+        """A micro-batch as tensors on ``device``."""
+        if self.packing == "off":
+            return collate(rows, [index for line in lines for index in line], self.pad_id, device)
+        return pack(rows, lines, self.pad_id, device)
+
+    def _flat(self, rows: TokenizedRows, indices: Sequence[int]) -> Lines:
+        if self.by_length:
+            return _similar_lengths(rows, indices, self.token_budget)
+        parts = first_fit(rows, indices, self.token_budget)
+        even = _evenly(rows, indices, len(parts))
+        fits = max(_tokens(rows, part) for part in even) <= max(_tokens(rows, part) for part in parts)
+        return even if fits else parts
+
+    def most_positions(self, rows_per_step: int) -> int:
+        """Positions of the largest micro-batch that can occur."""
+        if self.packing == "flat":
+            return min(max(self.token_budget, self.max_length), rows_per_step * self.max_length)
+        return self.batch_size * self.max_length
+
+
+def token_budget(config: RunConfig, device: torch.device, *, rows: int | None = None) -> int:
+    """Tokens of a flat micro-batch: as told, else never more than ``rows`` (batch_size) of ``max_length`` would be."""
+    training, longest = config.training, config.data.max_length
+    if training.tokens_per_micro_batch is not None:
+        return training.tokens_per_micro_batch
+    whole = (rows or training.batch_size) * longest
+    return min(whole, max(longest, CPU_TOKENS)) if device.type == "cpu" else whole
+
+
+def first_fit(rows: TokenizedRows, indices: Sequence[int], capacity: int) -> Lines:
+    """Bins of at most ``capacity`` tokens, filled by first fit, longest first; a longer document gets its own bin."""
+    bins: Lines = []
+    room: list[int] = []
+    for index in _longest_first(rows, indices):
+        length = _length(rows, index)
+        at = next((at for at, left in enumerate(room) if left >= length), None)
+        if at is None:
+            bins.append([index])
+            room.append(capacity - length)
+        else:
+            bins[at].append(index)
+            room[at] -= length
+    return bins
+
+
+def _evenly(rows: TokenizedRows, indices: Sequence[int], count: int) -> Lines:
+    """``count`` parts of nearly equal tokens: the longest document left goes to the emptiest part."""
+    parts: Lines = [[] for _ in range(count)]
+    filled = [0] * count
+    for index in _longest_first(rows, indices):
+        at = filled.index(min(filled))
+        parts[at].append(index)
+        filled[at] += _length(rows, index)
+    return parts
+
+
+def _similar_lengths(rows: TokenizedRows, indices: Sequence[int], budget: int) -> Lines:
+    """Parts of neighbours in length, each at most ``budget`` positions when padded to its longest document."""
+    parts: Lines = []
+    for index in _longest_first(rows, indices):
+        if parts and (len(parts[-1]) + 1) * _length(rows, parts[-1][0]) <= budget:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
+
+
+def _longest_first(rows: TokenizedRows, indices: Sequence[int]) -> list[int]:
+    return sorted(indices, key=lambda index: -_length(rows, index))
+
+
+def _length(rows: TokenizedRows, index: int) -> int:
+    return int(rows.offsets[index + 1] - rows.offsets[index])
+
+
+def _tokens(rows: TokenizedRows, part: Sequence[int]) -> int:
+    return sum(_length(rows, index) for index in part)
+
+
+def pack(rows: TokenizedRows, lines: Lines, pad_id: int, device: torch.device | str) -> Batch:
+    """Documents one after another in each line, (L, W); positions begin at 0 in each, its first token is no label."""
+    width = max(_tokens(rows, line) for line in lines)
+    shape = (len(lines), width)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    lengths: list[int] = []
+    tokens = 0
+    for at, line in enumerate(lines):
+        place = 0
+        for index in line:
+            ids, labelled = rows.row(index)
+            end = place + len(ids)
+            input_ids[at, place:end] = ids
+            labels[at, place:end] = np.where(labelled != 0, ids.astype(np.int64), IGNORED)
+            labels[at, place] = IGNORED
+            position_ids[at, place:end] = np.arange(len(ids))
+            lengths.append(len(ids))
+            place = end
+        tokens += place
+        if place < width:
+            position_ids[at, place:] = np.arange(width - place)
+            lengths.append(width - place)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        attention_mask=None,
+        labels=torch.from_numpy(labels).to(device),
+        tokens=tokens,
+        label_tokens=int((labels != IGNORED).sum()),
+        position_ids=torch.from_numpy(position_ids).to(device),
+        segments=Segments(lengths=tuple(lengths), shape=shape, device=torch.device(device)),
+    )

@@ -1,0 +1,237 @@
+"""Whether and how the documents of a packed row are kept apart in this model, and the proof that they are.
+
+Notable: a backbone declares it (``BackboneSpec.isolation``), this room installs it and takes it out again, bit for bit.
+Attention is switched to ``training/attention.py`` through transformers' own setting; a module that mixes tokens by
+other means gets torch's forward hooks, which gather a packed row's documents into right-padded rows and scatter the
+result back. No module is replaced, so no parameter changes its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import nn
+
+from eulerforge.api import BackboneAdapter, BackboneSpec, SequenceMixerFinder
+from eulerforge.data.batches import Batch
+from eulerforge.data.packing import Segments
+from eulerforge.errors import PluginError, RunError
+from eulerforge.training.attention import NAME, describe, kernel_for, register
+from eulerforge.training.forward import hidden_states
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PROBE_LENGTHS = (9, 14, 11)
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""How far the logits of an untouched document may move, as a share of the largest logit (at least 1)."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Isolation:
+    """How packed documents are kept apart; ``reason`` says why they are not, and is empty when they are.
+
+    ``attention`` is the kernel in words, ``mixers`` the number of modules that mix tokens by other means, ``mixing``
+    how documents are kept apart there, and ``pads`` whether that computes padding. ``leak`` is what ``prove`` measured.
+    """
+
+    attention: str = ""
+    mixers: int = 0
+    mixing: str = ""
+    pads: bool = False
+    reason: str = ""
+    leak: float | None = None
+    _undo: tuple[Callable[[], None], ...] = ()
+
+    @property
+    def possible(self) -> bool:
+        return not self.reason
+
+    def remove(self) -> None:
+        """Put the model back as it was."""
+        for undo in self._undo:
+            undo()
+
+    def line(self, packing: str) -> str:
+        """What a run says at its start."""
+        if packing == "off":
+            return "rows are padded, sorted by length" + (f": {self.reason}" if self.reason else "")
+        gathered = f"; {self.mixers} modules that mix tokens otherwise: {self.mixing}" if self.mixers else ""
+        return f"rows are packed ({packing}); attention: {self.attention}{gathered}"
+
+    def to_json(self, packing: str) -> dict[str, Any]:
+        return {
+            "packing": packing,
+            "attention": self.attention,
+            "mixers": self.mixers,
+            "mixing": self.mixing,
+            "reason": self.reason,
+            "leak": self.leak,
+        }
+
+
+def isolate(model: Any, spec: BackboneSpec, adapter: BackboneAdapter, *, keep_attention: bool = False) -> Isolation:
+    """Make the model ready for packed rows, as its backbone says that it can be.
+
+    Args:
+        spec: of the backbone that covers the model's family fully.
+        keep_attention: the preset names an attention implementation; transformers keeps documents apart in it.
+
+    Raises:
+        PluginError: the backbone declares ``gather``, and its adapter cannot say where.
+    """
+    if spec.isolation == "none":
+        return Isolation(reason=f"backbone {spec.name} does not say how documents in one row are kept apart")
+    undo: list[Callable[[], None]] = []
+    decoder = model.get_decoder()
+    before = decoder.config._attn_implementation
+    attention = f"transformers' {before}, as model.attn_implementation says"
+    if not keep_attention:
+        decoder.set_attn_implementation(register())
+        if decoder.config._attn_implementation != NAME:
+            return Isolation(reason=f"{type(model).__name__} does not use transformers' attention interface")
+        undo.append(lambda: decoder.set_attn_implementation(before))
+        text = model.config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        attention = describe(kernel_for(model.device, model.dtype, head_dim))
+    hooks = [_Gather(module) for module in _mixers(model, spec, adapter)]
+    undo += [hook.remove for hook in hooks]
+    if not hooks:
+        return Isolation(attention=attention, undo=tuple(undo))
+    fast = _border_kernels(model.device)
+    mixing = "flash-linear-attention with documents' borders" if fast else "documents gathered into padded rows"
+    return Isolation(attention=attention, mixers=len(hooks), mixing=mixing, pads=not fast, undo=tuple(undo))
+
+
+def _mixers(model: Any, spec: BackboneSpec, adapter: BackboneAdapter) -> Sequence[nn.Module]:
+    if spec.isolation != "gather":
+        return []
+    if not isinstance(adapter, SequenceMixerFinder):
+        raise PluginError(
+            f"backbone {spec.name} declares isolation 'gather', but its adapter has no find_sequence_mixers",
+            hint="--set data.packing=off; report it to the plugin's author",
+        )
+    return [
+        layer.get_submodule(path)
+        for layer in adapter.find_transformer_layers(model)
+        for path in adapter.find_sequence_mixers(layer)
+    ]
+
+
+class _Gather:
+    """Two hooks on a module: a packed row's documents go in as right-padded rows, and come out as the packed row.
+
+    With kernels that know documents' borders the borders go in instead.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._segments: Segments | None = None
+        self._handles = [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(kwargs)
+        segments: Segments | None = kwargs.pop("segments", None)
+        self._segments = None
+        if segments is None:
+            return args, kwargs
+        packed = args[0] if args else kwargs["hidden_states"]
+        if _border_kernels(packed.device) and segments.shape[0] == 1:
+            return args, {**kwargs, "cu_seq_lens_q": segments.cu_seqlens, "seq_idx": segments.document_of}
+        self._segments = segments
+        rows = segments.gather(packed.flatten(0, 1))
+        return ((rows, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": rows})
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        segments, self._segments = self._segments, None
+        if segments is None:
+            return output
+        return segments.scatter(output).unflatten(0, segments.shape)
+
+
+def _border_kernels(device: torch.device) -> bool:
+    """Whether both fast kernels of Gated DeltaNet are there, in a transformers that gives them the borders."""
+    if device.type != "cuda":
+        return False
+    import transformers
+    from transformers.utils import is_causal_conv1d_available, is_flash_linear_attention_available
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return version >= (5, 20) and is_flash_linear_attention_available() and is_causal_conv1d_available()
+
+
+@torch.no_grad()
+def leak(model: Any, *, seed: int = 0) -> float:
+    """How far the logits of two documents move when a third one in the same row is replaced, as a share of the largest
+    logit (at least 1). The third stands first, then in the middle, then last; zero is what it should be.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(vocabulary, (1, sum(PROBE_LENGTHS)), generator=generator)
+        other = (ids + 1 + torch.randint(vocabulary - 1, ids.shape, generator=generator)) % vocabulary
+        before = _probe_logits(model, ids)
+        size, worst, start = max(1.0, float(before.abs().max())), 0.0, 0
+        for length in PROBE_LENGTHS:
+            changed = ids.clone()
+            changed[:, start : start + length] = other[:, start : start + length]
+            moved = (_probe_logits(model, changed) - before).abs()
+            moved[:, start : start + length] = 0
+            worst = max(worst, float(moved.max()) / size)
+            start += length
+        return worst
+    finally:
+        model.train(was_training)
+
+
+def prove(model: Any) -> float:
+    """The leak of a model, which is within tolerance.
+
+    Raises:
+        RunError: a document sees another one, or the model's code takes no packed row.
+    """
+    try:
+        found = leak(model)
+    except (RuntimeError, TypeError) as error:
+        raise RunError(
+            f"a packed row cannot be computed: {type(error).__name__}: {error}",
+            key="data.packing",
+            hint="--set data.packing=off trains on padded rows; report it to the backbone's author",
+        ) from error
+    allowed = TOLERANCE.get(model.dtype, 1e-4)
+    if not found <= allowed:
+        raise RunError(
+            f"packed documents see each other: replacing one moves the logits of another by {found:.2g} of the largest"
+            f" (allowed: {allowed:.0e})",
+            key="data.packing",
+            hint="--set data.packing=off trains on padded rows; report the leak to the backbone's author",
+        )
+    return found
+
+
+def _probe_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    positions = torch.cat([torch.arange(length) for length in PROBE_LENGTHS])[None]
+    batch = Batch(
+        input_ids=ids.to(model.device),
+        attention_mask=None,
+        labels=ids,
+        tokens=ids.numel(),
+        label_tokens=0,
+        position_ids=positions.to(model.device),
+        segments=Segments(lengths=PROBE_LENGTHS, shape=(1, ids.numel()), device=model.device),
+    )
+    logits: torch.Tensor = model.get_output_embeddings()(hidden_states(model, batch)).float()
+    return logits

@@ -1,0 +1,186 @@
+"""Attention per document, against one masked softmax per document in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eulerforge.data.packing import Segments
+from eulerforge.errors import RunError
+from eulerforge.training import attention
+from eulerforge.training.attention import documents_attention, kernel_for, no_mask
+
+LENGTHS = (5, 1, 9, 3)
+MODULE = torch.nn.Identity()
+
+
+def segments(lengths: tuple[int, ...] = LENGTHS, lines: int = 1) -> Segments:
+    return Segments(lengths=lengths, shape=(lines, sum(lengths) // lines), device=torch.device("cpu"))
+
+
+def states(heads: int, key_heads: int, width: int = 4, tokens: int = sum(LENGTHS), dtype: Any = torch.float64) -> Any:
+    """query, key, value as transformers gives them: (1, heads, tokens, width), views of (1, tokens, heads, width)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, tokens, count, width) for count in (heads, key_heads, key_heads)]
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [tensor.transpose(1, 2).requires_grad_() for tensor in made]
+
+
+def reference(
+    query: Any, key: Any, value: Any, lengths: tuple[int, ...], scale: float, window: int | None, softcap: float | None
+) -> torch.Tensor:
+    """One document at a time, the whole score matrix, keys and values repeated: (1, tokens, heads, width)."""
+    out, start = [], 0
+    repeats = query.shape[1] // key.shape[1]
+    for length in lengths:
+        part = slice(start, start + length)
+        q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
+        scores = q @ k.repeat_interleave(repeats, 1).mT * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+        seen = (distance >= 0) & (distance < (window or length))
+        scores = scores.masked_fill(~seen, -math.inf)
+        out.append(torch.softmax(scores, -1) @ v.repeat_interleave(repeats, 1))
+        start += length
+    return torch.cat(out, 2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("block", [2, 256])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_output_and_gradients_are_the_references(
+    heads: tuple[int, int], window: int | None, block: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
+    ours, expected = states(*heads), states(*heads)
+    out, weights = documents_attention(
+        MODULE, *ours, None, scaling=0.3, sliding_window=window, softcap=softcap, segments=segments()
+    )
+    wanted = reference(*expected, LENGTHS, 0.3, window, softcap)
+    assert weights is None
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+    for found, true in zip(
+        torch.autograd.grad(out, ours, upstream), torch.autograd.grad(wanted, expected, upstream), strict=True
+    ):
+        torch.testing.assert_close(found, true, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_gradcheck(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    borders = segments((3, 1, 4))
+
+    def run(query: Any, key: Any, value: Any) -> torch.Tensor:
+        return documents_attention(
+            MODULE, query, key, value, None, sliding_window=3, softcap=softcap, segments=borders
+        )[0]
+
+    assert torch.autograd.gradcheck(run, states(4, 2, width=2, tokens=8))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_padded_kernel_computes_the_same(window: int | None) -> None:
+    ours, expected = states(6, 2), states(6, 2)
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in ours]
+    out = attention._padded(*flat, attention._Call(segments(), 0.3, window, None, 0.0))
+    wanted = reference(*expected, LENGTHS, 0.3, window, None)[0]
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    for found, true in zip(
+        torch.autograd.grad(out.square().sum(), ours), torch.autograd.grad(wanted.square().sum(), expected), strict=True
+    ):
+        torch.testing.assert_close(found, true, rtol=1e-12, atol=1e-12)
+
+
+def test_several_lines_are_one_flat_batch() -> None:
+    flat = states(4, 2)
+    lines = [tensor.transpose(1, 2).reshape(2, 9, -1, 4).transpose(1, 2) for tensor in flat]
+    lengths = (5, 1, 3, 6, 3)
+    out, _ = documents_attention(MODULE, *lines, None, scaling=1.0, segments=segments(lengths, lines=2))
+    assert out.shape == (2, 9, 4, 4)
+    wanted = reference(*flat, lengths, 1.0, None, None)
+    torch.testing.assert_close(out.flatten(0, 1), wanted[0], rtol=1e-12, atol=1e-12)
+
+
+def test_bf16_is_as_near_to_the_truth_as_sdpa() -> None:
+    lengths = (70, 300, 40)
+    sizes = {"tokens": sum(lengths), "width": 32}
+    true = states(4, 2, **sizes)
+    truth = reference(*true, lengths, 32**-0.5, None, None)
+    upstream = torch.randn(truth.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(truth, true, upstream)
+
+    def errors(run: Any) -> list[float]:
+        ours = states(4, 2, dtype=torch.bfloat16, **sizes)
+        out = run(*ours)
+        found = (out, *torch.autograd.grad(out, ours, upstream.bfloat16()))
+        return [
+            float(((a.double() - b).norm() / b.norm()).detach())
+            for a, b in zip(found, (truth, *gradients), strict=True)
+        ]
+
+    def loop(query: Any, key: Any, value: Any) -> torch.Tensor:
+        parts = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
+        done = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+        return torch.cat(done, 2).transpose(1, 2)
+
+    ours = errors(lambda *qkv: documents_attention(MODULE, *qkv, None, segments=segments(lengths))[0])
+    for mine, theirs in zip(ours, errors(loop), strict=True):
+        assert mine < 1.5 * theirs + 1e-3
+
+
+def test_without_segments_it_is_sdpa() -> None:
+    query, key, value = states(4, 4)
+    out, _ = documents_attention(MODULE, query, key, value, None, scaling=0.5)
+    wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5).transpose(1, 2)
+    assert torch.equal(out, wanted)
+
+
+def test_a_packed_call_whose_borders_were_lost_is_refused() -> None:
+    with pytest.raises(RunError, match="was not told where the documents"):
+        documents_attention(MODULE, *states(4, 4), no_mask("cpu"))
+
+
+def test_attention_dropout_draws_and_stays_within_the_document() -> None:
+    query, key, value = states(4, 2)
+    torch.manual_seed(0)
+    out, _ = documents_attention(MODULE, query, key, value, None, dropout=0.5, segments=segments())
+    whole, _ = documents_attention(MODULE, query, key, value, None, segments=segments())
+    assert not torch.allclose(out, whole)
+    gradient = torch.autograd.grad(out[0, 6].sum(), value)[0]
+    reached = gradient.abs().sum((0, 1, 3)).nonzero()[:, 0].tolist()
+    assert set(reached) <= {6}, "the third document's first token sees itself alone"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "more", "installed", "expected"),
+    [
+        ("cpu", torch.float32, 64, {}, True, "matmul"),
+        ("cpu", torch.bfloat16, 64, {"dropout": 0.1}, True, "padded"),
+        ("cuda", torch.bfloat16, 128, {}, True, "flash-attn"),
+        ("cuda", torch.bfloat16, 128, {}, False, "varlen"),
+        ("cuda", torch.float32, 128, {}, True, "padded"),
+        ("cuda", torch.bfloat16, 512, {}, True, "padded"),
+        ("cuda", torch.bfloat16, 128, {"softcap": 30.0}, False, "matmul"),
+        ("cuda", torch.bfloat16, 128, {"softcap": 30.0}, True, "flash-attn"),
+    ],
+)
+def test_which_kernel(
+    device: str, dtype: Any, width: int, more: Any, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert kernel_for(torch.device(device), dtype, width, **more) == expected
+    assert attention.describe(expected)
+
+
+def test_torch_has_the_varlen_kernel_that_we_call() -> None:
+    arguments = attention._varlen_arguments()
+    assert arguments is not None
+    assert {"scale", "window_size"} <= arguments

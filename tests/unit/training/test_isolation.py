@@ -1,0 +1,200 @@
+"""No document of a packed row sees another, in every family, and the model comes back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from eulerforge.api import BackboneSpec
+from eulerforge.data.packing import Layout
+from eulerforge.errors import PluginError, RunError
+from eulerforge.models.layout import DenseAdapter
+from eulerforge.testing.tiny_models import FAMILIES, tiny_model
+from eulerforge.training import isolation
+from eulerforge.training.forward import hidden_states
+from eulerforge.training.isolation import isolate, leak, prove
+
+from .packed_rows import random_rows
+
+HYBRIDS = tuple(family for family in FAMILIES if family.startswith("qwen3_5"))
+
+
+class MixerAdapter(DenseAdapter):
+    def find_sequence_mixers(self, layer: nn.Module) -> Sequence[str]:
+        return ["linear_attn"] if hasattr(layer, "linear_attn") else []
+
+
+def spec(how: str) -> BackboneSpec:
+    return BackboneSpec(name="tried", target="a.b:C", summary="", model_types=(), isolation=how)
+
+
+def loud_model(family: str) -> Any:
+    """A tiny model whose logits are of the order of 1, so that a leak cannot hide in small numbers."""
+    model = tiny_model(family)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@torch.no_grad()
+def largest_difference(model: Any, packing: str) -> float:
+    """Packed logits against those of one row at a time, the model called in the ordinary way."""
+    rows = random_rows([9, 1, 30, 17, 4])
+    layout = Layout(packing=packing, batch_size=8, max_length=40, token_budget=64, pad_id=0)
+    (lines,) = layout.cut(rows, range(5))
+    batch = layout.batch(rows, lines, "cpu")
+    packed = model.get_output_embeddings()(hidden_states(model, batch))
+    worst = 0.0
+    for at, line in enumerate(lines):
+        place = 0
+        for index in line:
+            ids = torch.tensor(rows.row(index)[0].astype("int64"))[None]
+            alone = model(input_ids=ids, use_cache=False).logits[0]
+            assert float(alone.abs().max()) > 0.5
+            worst = max(worst, float((packed[at, place : place + ids.shape[1]] - alone).abs().max()))
+            place += ids.shape[1]
+    return worst
+
+
+@pytest.mark.parametrize("packing", ["flat", "bins", "off"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_logits_are_the_separate_ones(family: str, packing: str) -> None:
+    model = loud_model(family)
+    installed = isolate(model, spec("gather"), MixerAdapter())
+    assert installed.possible
+    assert bool(installed.mixers) == (family in HYBRIDS)
+    difference = largest_difference(model, packing)
+    print(f"{family}, {packing}: largest difference of packed and separate logits {difference:.2e}")
+    assert difference < 1e-4
+    assert prove(model) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_comes_back_bit_for_bit(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+    names, before_attention = list(model.state_dict()), model.get_decoder().config._attn_implementation
+    installed = isolate(model, spec("gather"), MixerAdapter())
+    assert list(model.state_dict()) == names, "checkpoints keep their keys"
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before), "an ordinary call is untouched"
+    installed.remove()
+    assert model.get_decoder().config._attn_implementation == before_attention
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_generation_goes_on_as_before() -> None:
+    model = loud_model("qwen3_5")
+    ids = torch.randint(3, 100, (1, 6), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    before = model.generate(ids, **settings)
+    isolate(model, spec("gather"), MixerAdapter())
+    assert torch.equal(model.generate(ids, **settings), before)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_leak_is_found_and_refused(family: str) -> None:
+    model = loud_model(family)
+    isolate(model, spec("attention"), MixerAdapter())
+    with pytest.raises(RunError, match="packed documents see each other") as caught:
+        prove(model)
+    assert "data.packing=off" in str(caught.value.problems[0].hint)
+    assert leak(model) > 1e-3
+
+
+def test_attention_that_ignores_the_borders_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eulerforge.training import attention
+
+    model = loud_model("llama3")
+    isolate(model, spec("attention"), DenseAdapter())
+
+    def whole_row(q: Any, k: Any, v: Any, call: Any) -> torch.Tensor:
+        states = [part.transpose(0, 1)[None] for part in (q, k, v)]
+        out = nn.functional.scaled_dot_product_attention(*states, is_causal=True, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    monkeypatch.setitem(attention._KERNELS, "matmul", whole_row)
+    with pytest.raises(RunError, match="packed documents see each other"):
+        prove(model)
+
+
+def test_the_mode_comes_back() -> None:
+    model = tiny_model("llama3").train()
+    isolate(model, spec("attention"), DenseAdapter())
+    prove(model)
+    assert model.training
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "mixtral", "qwen3_5"])
+def test_a_named_attention_stays_and_is_isolated_by_transformers(family: str, implementation: str) -> None:
+    model = loud_model(family)
+    model.set_attn_implementation(implementation)
+    installed = isolate(model, spec("gather"), MixerAdapter(), keep_attention=True)
+    assert model.get_decoder().config._attn_implementation == implementation
+    assert implementation in installed.line("flat")
+    assert largest_difference(model, "flat") < 1e-4
+    assert prove(model) < 1e-6
+
+
+def test_a_backbone_that_says_nothing_is_not_packed() -> None:
+    model = tiny_model("llama3")
+    installed = isolate(model, BackboneSpec(name="old", target="a:b", summary="", model_types=()), DenseAdapter())
+    assert not installed.possible
+    assert "backbone old does not say" in installed.line("off")
+    assert model.get_decoder().config._attn_implementation == "sdpa"
+
+
+def test_gather_without_the_places_is_the_plugins_fault() -> None:
+    with pytest.raises(PluginError, match="no find_sequence_mixers"):
+        isolate(tiny_model("llama3"), spec("gather"), DenseAdapter())
+
+
+def test_a_decoder_that_takes_no_segments_is_named() -> None:
+    model = tiny_model("llama3")
+    decoder = model.get_decoder()
+    call = decoder.forward
+    decoder.forward = lambda input_ids, attention_mask=None, position_ids=None, use_cache=None: call(
+        input_ids, position_ids=position_ids, use_cache=use_cache
+    )
+    isolate(model, spec("attention"), DenseAdapter())
+    with pytest.raises(RunError, match="a packed row cannot be computed: TypeError"):
+        prove(model)
+
+
+def test_a_decoder_that_drops_the_segments_is_named() -> None:
+    model = tiny_model("llama3")
+    decoder = model.get_decoder()
+    call = decoder.forward
+    decoder.forward = lambda segments=None, **rest: call(**rest)
+    isolate(model, spec("attention"), DenseAdapter())
+    with pytest.raises(RunError, match="was not told where the documents"):
+        prove(model)
+
+
+def test_the_fast_kernels_get_the_borders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "_border_kernels", lambda device: True)
+    seen: dict[str, Any] = {}
+
+    class Mixer(nn.Module):
+        def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            seen.update(kwargs)
+            return hidden_states
+
+    mixer = Mixer()
+    hook = isolation._Gather(mixer)
+    borders = isolation.Segments(lengths=(2, 3), shape=(1, 5), device=torch.device("cpu"))
+    states = torch.randn(1, 5, 4)
+    assert torch.equal(mixer(hidden_states=states, segments=borders), states)
+    assert seen["cu_seq_lens_q"].tolist() == [0, 2, 5]
+    assert seen["seq_idx"].tolist() == [[0, 0, 1, 1, 1]]
+    assert "segments" not in seen
+    hook.remove()
