@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import attrs
 
 from eulerforge.api import hooks
 from eulerforge.api.settings import setting_info
+from eulerforge.config.schema import PhaseConfig, RunConfig
 
 
 def write_all(folder: Path) -> None:
@@ -49,7 +51,6 @@ def _block(text: str) -> str:
 
 def preset_page() -> str:
     """Every key of a preset with its type, default and help, the keys of each installed strategy included."""
-    from eulerforge.config.schema import RunConfig
     from eulerforge.plugins import load_registry
 
     lines = [
@@ -57,6 +58,8 @@ def preset_page() -> str:
         "Every key may be set in a TOML or YAML preset and with `--set KEY=VALUE`.\n",
         "## Core keys\n",
         *_table(RunConfig, ""),
+        "\n## Keys of each of `training.phases`\n",
+        *_table(PhaseConfig, "training.phases[]."),
     ]
     registry = load_registry()
     for record in registry.records:
@@ -84,20 +87,31 @@ def setting_rows(config_class: type, prefix: str) -> list[tuple[str, str, str, s
     for attribute in attrs.fields(config_class):
         if prefix == "" and attribute.name == "injection":
             continue
+        if attribute.name == "strategy" and prefix == "":
+            # the reader moves injection.strategy to the top; a preset writes it where it belongs
+            rows.append(("injection.strategy", "str", _default(attribute), "Injection strategy, a plugin's"))
+            continue
         if attrs.has(attribute.type):
             rows += setting_rows(attribute.type, f"{prefix}{attribute.name}.")
             continue
         info = setting_info(attribute)
         meaning = info.help + (f" ({', '.join(map(str, info.choices))})" if info.choices else "")
         rows.append(
-            (f"{prefix}{attribute.name}", _type_name(attribute.type), _default(attribute), meaning.replace("|", "\\|"))
+            (f"{prefix}{attribute.name}", type_name(attribute.type), _default(attribute), meaning.replace("|", "\\|"))
         )
     return rows
 
 
-def _type_name(kind: Any) -> str:
-    name = kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", ()) else str(kind)
-    return name.replace("eulerforge.config.schema.", "").replace("|", "or").replace("NoneType", "None")
+def type_name(kind: Any) -> str:
+    """A key's type in words of a preset: ``list of str`` for ``tuple[str, ...]``."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return f"list of {type_name(inside[0])}"
+    if origin is Mapping:
+        return f"table of {type_name(inside[1])}"
+    if inside:
+        return " or ".join(type_name(part) for part in inside)
+    return {type(None): "none", PhaseConfig: "phases"}.get(kind, kind.__name__)
 
 
 def _default(attribute: attrs.Attribute[Any]) -> str:
@@ -114,9 +128,10 @@ def hooks_page() -> str:
     lines = ["# Hooks\n", "Import `hookimpl` from `eulerforge.api` and decorate functions of these names.\n"]
     for name in hooks.HOOK_NAMES:
         function = getattr(hooks, name)
+        signature = str(inspect.signature(function)).replace("'", "")  # annotations are kept as texts
         lines += [
             f"## {name}\n",
-            f"```python\ndef {name}{inspect.signature(function)}\n```\n",
+            f"```python\ndef {name}{signature}\n```\n",
             f"{inspect.getdoc(function)}\n",
         ]
     return "\n".join(lines) + "\n"

@@ -54,7 +54,7 @@ def make_summary(run: Run, state: TrainState, after: dict[str, Any]) -> dict[str
         "samples": samples,
         "next": [
             f"eulerforge bench {shlex.quote(out)}",
-            f"eulerforge merge {shlex.quote(out)} {shlex.quote(out + '/merged')}",
+            f"eulerforge merge {shlex.quote(out)}",
         ],
     }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from eulerforge.cli.main import command_parser
 from eulerforge.training.checkpoint import TrainState
 from eulerforge.training.summary import make_summary, summary_lines
 
@@ -65,6 +67,12 @@ def test_answers_are_paired_by_prompt(run: Any) -> None:
 def test_a_folder_with_a_space_can_be_pasted(make_run: Callable[..., Any], tmp_path: Any) -> None:
     run = make_run(output_dir=str(tmp_path / "my run"))
     assert make_summary(run, state(), AFTER)["next"][0] == f"eulerforge bench '{tmp_path / 'my run'}'"
+
+
+def test_the_next_commands_are_commands(run: Any) -> None:
+    for command in make_summary(run, state(), AFTER)["next"]:
+        _, name, *arguments = shlex.split(command)
+        command_parser(name).parse_args(arguments)
 
 
 def test_a_finished_run_without_a_summary(tmp_path: Any) -> None:
