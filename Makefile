@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help quickstart test lint types docs bench clean
+.PHONY: help quickstart test lint types docs clean
 
 help:
 	@echo "make quickstart   install, fine-tune a real small model, show what it learned"

@@ -1,20 +1,13 @@
-"""Third-party wheels in a fresh virtual environment: built, installed, listed, used, uninstalled, gone.
-
-The environment borrows torch and the other big packages from this one through a folder of links, and nothing of ours.
-"""
+"""Third-party wheels in a fresh virtual environment: built, installed, listed, used, uninstalled, gone."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
+from freshvenv import Venv, build, make_venv
 from tiny import save_tiny, write_rows
 
 pytestmark = pytest.mark.packaging
@@ -26,77 +19,13 @@ SOURCES = {
     "demo": THIRD_PARTY / "eulerforge-demo",
     **{folder.name: folder for folder in sorted((THIRD_PARTY / "faulty").iterdir()) if folder.is_dir()},
 }
-OURS = ("eulerforge", "_editable_impl_eulerforge", "__editable__", "__pycache__")
-
-
-@attrs.frozen
-class Venv:
-    """A virtual environment and the wheels that may be installed in it."""
-
-    folder: Path
-    wheels: dict[str, Path]
-
-    @property
-    def python(self) -> Path:
-        return self.folder / "bin" / "python"
-
-    def pip(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def install(self, name: str) -> None:
-        self.pip("install", "--no-index", "--no-deps", str(self.wheels[name]))
-
-    def uninstall(self, distribution: str) -> None:
-        self.pip("uninstall", "--yes", distribution)
-
-    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        keep = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "EULERFORGE"))}
-        environ = {
-            **keep,
-            "NO_COLOR": "1",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "EULERFORGE_CACHE": str(self.folder / "cache"),
-            **variables,
-        }
-        command = [str(self.folder / "bin" / "eulerforge"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environ, cwd=self.folder, check=False)
-
-    def data(self, *arguments: str, code: int = 0) -> Any:
-        """What a ``--json`` command answers."""
-        done = self.run(*arguments, "--json")
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        answer = json.loads(done.stdout)
-        assert answer["schema"] == 1
-        return answer["data"] if answer["ok"] else answer["problems"]
-
-    def rows(self) -> dict[str, dict[str, Any]]:
-        return {row["name"]: row for row in self.data("plugins", "list")["plugins"]}
 
 
 @pytest.fixture(scope="module")
 def venv(tmp_path_factory: pytest.TempPathFactory) -> Venv:
     folder = tmp_path_factory.mktemp("fresh")
-    wheels = {}
-    for name, source in SOURCES.items():
-        out = folder / "wheels" / name
-        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
-        done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (wheels[name],) = out.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
-    (site_packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    borrowed = folder / "borrowed"
-    borrowed.mkdir()
-    for parent in {Path(sysconfig.get_paths()[key]) for key in ("purelib", "platlib")}:
-        for entry in parent.iterdir():
-            if not entry.name.startswith(OURS) and entry.suffix != ".pth":
-                (borrowed / entry.name).symlink_to(entry)
-    (site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
-    made = Venv(folder / "venv", wheels)
+    wheels = {name: build(source, folder / "wheels" / name, "wheel")[0] for name, source in SOURCES.items()}
+    made = make_venv(folder, wheels)
     made.install("core")
     return made
 
