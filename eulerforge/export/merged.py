@@ -25,7 +25,7 @@ from eulerforge.config.atomic import staged_folder
 from eulerforge.errors import ModelError, RunError, UsageError
 from eulerforge.export.basefiles import INDEX, BaseFiles, other_files, read_base_files
 from eulerforge.export.rundir import TrainedRun
-from eulerforge.lora.adapted import AdaptedLinear
+from eulerforge.lora.adapted import AdaptedModule
 from eulerforge.lora.wrap import adapted_modules
 from eulerforge.models.device import DTYPE_NAMES, DTYPES
 
@@ -39,7 +39,8 @@ class Change:
 
     live: str
     value: torch.Tensor | None = None
-    adapter: AdaptedLinear | None = None
+    adapter: AdaptedModule | None = None
+    parameter: str = "weight"
 
     def apply(self, base: torch.Tensor) -> torch.Tensor:
         """The new tensor in fp32, for the tensor in the file."""
@@ -48,7 +49,7 @@ class Change:
             raise ModelError(
                 f"{self.live} is {tuple(start.shape)} in the run and {tuple(base.shape)} in the base's files"
             )
-        merged = start if self.adapter is None else self.adapter.merged_weight(start).cpu()
+        merged = start if self.adapter is None else self.adapter.merged_part(self.parameter, start).cpu()
         if merged.shape != base.shape:
             raise ModelError(
                 f"{self.live}: the adapter gives {tuple(merged.shape)}, the file holds {tuple(base.shape)}"
@@ -114,8 +115,9 @@ def changes_of(run: TrainedRun) -> list[Change]:
     values = dict(run.trained_base)
     found = []
     for path, module in adapted_modules(run.model):
-        name = f"{path}.weight"
-        found.append(Change(live=name, value=values.pop(name, None), adapter=module))
+        for parameter in module.changed_parameters:
+            name = f"{path}.{parameter}"
+            found.append(Change(live=name, value=values.pop(name, None), adapter=module, parameter=parameter))
     return found + [Change(live=name, value=value) for name, value in values.items()]
 
 

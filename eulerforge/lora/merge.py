@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from eulerforge.api import LinearOps
-from eulerforge.lora.adapted import AdaptedLinear
+from eulerforge.lora.adapted import AdaptedLinear, AdaptedModule
 from eulerforge.lora.wrap import adapted_modules, replace_module
 
 
@@ -19,6 +19,22 @@ def merged_weight(module: AdaptedLinear, linear_ops: Callable[[nn.Module], Linea
 
 
 @torch.no_grad()
+def merge_parameters(module: AdaptedModule) -> None:
+    """Merge into the bare parameters of ``base_layer``, in place.
+
+    Where the wrapper allows, one slice of the first dimension (one expert) at a time: no second copy is needed.
+    """
+    for name in module.changed_parameters:
+        parameter = module.base_layer.get_parameter(name)
+        if not module.merges_in_parts:
+            parameter.copy_(module.merged_part(name, parameter.float()))
+            continue
+        for start in range(parameter.shape[0]):
+            part = parameter[start : start + 1]
+            part.copy_(module.merged_part(name, part.float(), (slice(start, start + 1),)))
+
+
+@torch.no_grad()
 def merge_in_place(model: nn.Module, linear_ops: Callable[[nn.Module], LinearOps]) -> int:
     """Merge every adapter and put the plain module back; give back how many were merged.
 
@@ -26,6 +42,9 @@ def merge_in_place(model: nn.Module, linear_ops: Callable[[nn.Module], LinearOps
     """
     found = list(adapted_modules(model))
     for path, module in found:
-        linear_ops(module.base_layer).write(module.base_layer, merged_weight(module, linear_ops))
+        if isinstance(module, AdaptedLinear):
+            linear_ops(module.base_layer).write(module.base_layer, merged_weight(module, linear_ops))
+        else:
+            merge_parameters(module)
         replace_module(model, path, module.base_layer)
     return len(found)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from eulerforge.lora.adapted import AdaptedLinear
+from eulerforge.lora.adapted import AdaptedModule
+from eulerforge.lora.experts import LoRAExperts
 from eulerforge.lora.linear import LoRALinear
 
 
@@ -39,10 +40,41 @@ def wrap_linear(
     return wrapper
 
 
-def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+def wrap_experts(
+    model: nn.Module,
+    path: str,
+    parameters: Sequence[str],
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    generators: Mapping[str, torch.Generator] | None = None,
+) -> LoRAExperts:
+    """Wrap the fused experts at ``path`` in place, a low-rank path beside each of ``parameters``.
+
+    Raises:
+        ModelError: the module is wrapped already, or its experts have a layout that is not known.
+    """
+    base_layer = model.get_submodule(path)
+    wrapper = LoRAExperts(
+        base_layer,
+        parameters=parameters,
+        r=r,
+        alpha=alpha,
+        dropout=dropout,
+        use_rslora=use_rslora,
+        generators=generators,
+    )
+    wrapper.train(base_layer.training)
+    replace_module(model, path, wrapper)
+    return wrapper
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
     """Path and wrapper of every adapted module, in the model's order."""
     for path, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, AdaptedModule):
             yield path, module
 
 

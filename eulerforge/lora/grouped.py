@@ -1,0 +1,76 @@
+"""Matrix products over groups of rows, one group for each expert: torch's grouped product, and a loop.
+
+Rows are sorted by expert; ``ends_E`` (int32) holds where each expert's rows end.
+Suffixes of tensor names: _S sorted rows, _E experts, _K what is summed over, _M and _N what is not.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+ALIGNMENT = 16
+"""Bytes to which torch wants every row aligned: a rank in bf16 should be a multiple of 8, else the loop is taken."""
+
+
+def group_ends(experts_S: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Where each expert's rows end, for the sorted expert of every row: int32, shape (num_experts,)."""
+    return torch.searchsorted(
+        experts_S, torch.arange(num_experts, device=experts_S.device, dtype=experts_S.dtype), right=True
+    ).to(torch.int32)
+
+
+def grouped_product(a_SK: torch.Tensor, b_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Each group's rows times its expert's matrix: shape (S, N)."""
+    if native(a_SK, b_EKN):
+        return F.grouped_mm(a_SK, b_EKN, offs=ends_E)
+    return grouped_product_loop(a_SK, b_EKN, ends_E)
+
+
+def grouped_outer(a_SM: torch.Tensor, b_SN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """The sum over each group's rows of a^T b, shape (E, M, N): the gradient of a grouped product's matrices."""
+    if native(a_SM, b_SN):
+        out_EMN = F.grouped_mm(a_SM.t(), b_SN, offs=ends_E)
+        # an expert without rows: the kernel may leave its matrix as it found it
+        empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        return out_EMN.masked_fill_(empty_E[:, None, None], 0)
+    return grouped_outer_loop(a_SM, b_SN, ends_E)
+
+
+def native(*operands: torch.Tensor) -> bool:
+    """Whether torch's own grouped product takes these operands."""
+    device, dtype = operands[0].device, operands[0].dtype
+    if not hasattr(F, "grouped_mm") or any(operand.numel() == 0 for operand in operands):
+        return False
+    if device.type == "cuda":
+        known = dtype is torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        known = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    strides = [stride for operand in operands for stride in operand.stride() if stride != 1]
+    return (
+        known
+        and all(stride * dtype.itemsize % ALIGNMENT == 0 for stride in strides)
+        and all(operand.data_ptr() % ALIGNMENT == 0 for operand in operands)
+    )
+
+
+def grouped_product_loop(a_SK: torch.Tensor, b_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """``grouped_product`` one expert at a time: the fallback, and the reference of the tests."""
+    out_SN = a_SK.new_zeros(a_SK.shape[0], b_EKN.shape[2])
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            torch.mm(a_SK[start:end], b_EKN[expert], out=out_SN[start:end])
+        start = end
+    return out_SN
+
+
+def grouped_outer_loop(a_SM: torch.Tensor, b_SN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """``grouped_outer`` one expert at a time."""
+    out_EMN = a_SM.new_zeros(ends_E.shape[0], a_SM.shape[1], b_SN.shape[1])
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            torch.mm(a_SM[start:end].t(), b_SN[start:end], out=out_EMN[expert])
+        start = end
+    return out_EMN
