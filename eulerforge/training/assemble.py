@@ -16,12 +16,13 @@ from eulerforge.data.batches import pad_id
 from eulerforge.data.packing import Layout, token_budget
 from eulerforge.data.prepared import Datasets, build_dataset
 from eulerforge.errors import PluginError, UsageError
-from eulerforge.lora.apply import Injected, apply_injection
+from eulerforge.lora.apply import Injected
 from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model, load_tokenizer, model_types
 from eulerforge.models.source import BaseSource
+from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.isolation import Isolation, isolate, prove
-from eulerforge.training.phases import PhasePlan, plan_phases, resolve_groups
+from eulerforge.training.phases import PhasePlan
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -93,16 +94,15 @@ def assemble(
     refuse_many_processes()
     device = pick_device(config.device)
     prepare_torch(config, device)
+    rehearsed = rehearse(config, registry)
+    say(rehearsed if isinstance(rehearsed, str) else f"from config.json: {rehearsed.lines()[0]}")
     datasets: Datasets | None = None
     if need_data or config.data.path:
         datasets = build_dataset(config.data, load_tokenizer(config, say=say), seed=config.seed)
         for line in datasets.report.lines():
             say(line)
     loaded = load_model(config, device=device, say=say)
-    injected = apply_injection(config, registry, loaded.model)
-    groups = resolve_groups(loaded.model, injected.adapter, injected.report, registry.phase_resolvers())
-    layer_names = tuple(dict.fromkeys(site.path.rpartition(".")[2] for site in injected.report.sites))
-    phases = plan_phases(config.training, groups, injected.report, layer_names=layer_names)
+    injected, groups, phases = inject_and_plan(config, registry, loaded.model)
     warnings = [*injected.warnings, *phases.warnings]
     if loaded.dtype == torch.float16:
         warnings.append("fp16 gradients can underflow in the base; bf16 or fp32 are safer (model.load_precision.mode)")

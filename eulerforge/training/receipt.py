@@ -57,6 +57,8 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: 
         ],
         "backbone": run.backbone,
         "strategy": run.config.strategy,
+        # what the preset or the backbone declared that need not be covered
+        "coverage": {"allow_partial": run.report.allow_partial, "gaps": list(run.report.gaps)},
         "seed": run.config.seed,
         "packing": {**run.isolation.to_json(run.layout.packing), "token_budget": run.layout.token_budget},
         "base": {"name": run.source.name, "kind": run.source.kind, **weights},
