@@ -248,3 +248,18 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(
     assert [row for row in tinyrun.metrics(whole) if "loss" in row] == [
         row for row in tinyrun.metrics(out) if "loss" in row
     ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training__val_steps": 0, "training__save_steps": 0, "evaluation__samples": 0, "training__log_steps": 7},
+        {"training__gradient_checkpointing": True},
+    ],
+    ids=["saving and measuring", "gradient checkpointing"],
+)
+def test_what_counts_as_free_to_change_changes_no_bit(straight: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """--resume lets these keys change without a word, so they must not touch what is trained; dropout is on."""
+    out = tmp_path / "run"
+    assert main(tinyrun.arguments(straight.parent, **{**SETTINGS, "output_dir": str(out), **change})) == 0
+    assert_same(straight / f"checkpoint-{TOTAL}", out / f"checkpoint-{TOTAL}")
