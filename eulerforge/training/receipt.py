@@ -65,7 +65,8 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: 
         "data": {
             "train_sha256": run.datasets.train.sha256,
             "validation_sha256": validation.sha256 if validation is not None else None,
-            "report": run.datasets.report.to_json(),
+            # whether the tokens came from the cache differs between two runs of the same rows
+            "report": {key: fact for key, fact in run.datasets.report.to_json().items() if key != "cache"},
         },
         "resumed": [],
     }

@@ -40,9 +40,10 @@ def test_it_names_what_the_run_is_made_of(make_run: Callable[..., Any]) -> None:
 
 
 def test_two_equal_runs_have_equal_receipts_and_another_seed_shows(make_run: Callable[..., Any]) -> None:
-    assert receipt(make_run()) == receipt(make_run())
-    first, other = receipt(make_run()), receipt(make_run(seed=1, data__max_length=32), "b")
-    assert {key for key in first if first[key] != other[key]} == {"run_id", "seed", "data"}
+    first = receipt(make_run())
+    assert first == receipt(make_run(data__cache=False)), "where the tokens come from plays no part"
+    other = receipt(make_run(seed=1), "b")
+    assert {key for key in first if first[key] != other[key]} == {"run_id", "seed"}
 
 
 def test_one_bit_of_the_weights_or_one_file_more_is_another_base(tmp_path: Path) -> None:
