@@ -2,13 +2,16 @@
 
 Notable: an entry appears whole or not at all (staged beside it, fsynced, one rename), and is believed only when every
 file has the size and hash that its manifest says. A damaged entry is said and made again. Nothing is unpickled.
+Rows are written chunk by chunk and read as memory maps, so that a million of them need no more memory than a thousand.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,10 @@ import attrs
 import numpy as np
 
 from eulerforge.config.atomic import sha256_of, staged_folder
-from eulerforge.data.tokenized import ARRAYS, TokenizedRows
+from eulerforge.data.tokenized import ARRAYS, RowChunk, TokenizedRows
 
 _MANIFEST = "entry.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @attrs.frozen(kw_only=True)
@@ -33,8 +36,11 @@ class CacheEntry:
     def path(self) -> Path:
         return self.folder / self.key
 
-    def load(self, files: tuple[str, ...]) -> tuple[TokenizedRows, dict[str, Any]] | str | None:
-        """(rows, facts); None when there is no entry; a sentence that says what is damaged."""
+    def load(self, files: tuple[str, ...], *, verify: bool = True) -> tuple[TokenizedRows, dict[str, Any]] | str | None:
+        """(rows, facts); None when there is no entry; a sentence that says what is damaged.
+
+        Without ``verify`` the content is not hashed: right after it was written.
+        """
         if not self.path.is_dir():
             return None
         try:
@@ -42,7 +48,7 @@ class CacheEntry:
             arrays = {}
             for name, dtype in ARRAYS.items():
                 path, stated = self.path / f"{name}.npy", manifest["files"][name]
-                if path.stat().st_size != stated["size"] or sha256_of(path) != stated["sha256"]:
+                if path.stat().st_size != stated["size"] or (verify and sha256_of(path) != stated["sha256"]):
                     return f"{path} is damaged"
                 arrays[name] = np.load(path, mmap_mode="r" if stated["items"] else None, allow_pickle=False)
                 if arrays[name].dtype != dtype:
@@ -54,16 +60,72 @@ class CacheEntry:
             return f"{self.path} is damaged ({error})"
         return TokenizedRows(files=files, **arrays), facts
 
-    def store(self, rows: TokenizedRows, facts: Mapping[str, Any]) -> None:
-        """Write the entry, in place of a damaged one if there is one. Raises OSError when it cannot be written."""
+    def build(self, fill: Callable[[EntryWriter], Mapping[str, Any]]) -> None:
+        """Make the entry, in place of a damaged one if there is one: ``fill`` adds the chunks and gives back the facts.
+
+        Raises:
+            OSError: it cannot be written; nothing is left behind then, nor when ``fill`` raises.
+        """
         with staged_folder(self.path, replace=True) as staged:
+            with EntryWriter(staged) as writer:
+                facts = fill(writer)
             files = {}
-            for name in ARRAYS:
-                path, array = staged / f"{name}.npy", getattr(rows, name)
-                np.save(path, array, allow_pickle=False)
-                files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path), "items": int(array.size)}
+            for name, items in writer.items.items():
+                path = staged / f"{name}.npy"
+                files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path), "items": items}
             manifest = {"version": _VERSION, "files": files, "facts": dict(facts)}
             (staged / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+class EntryWriter:
+    """Appends chunks to the arrays' files; their headers, of fixed length, are set right at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.items = dict.fromkeys(ARRAYS, 0)
+        self._position = 0
+        self._stack = ExitStack()
+        self._files = {name: self._stack.enter_context((folder / f"{name}.npy").open("wb")) for name in ARRAYS}
+        for name in ARRAYS:
+            self._files[name].write(_npy_header(name, 0))
+        self._append("offsets", np.zeros(1, np.int64))
+
+    def add(self, chunk: RowChunk) -> None:
+        for name, array in chunk.arrays().items():
+            if name == "offsets":
+                ends = self._position + np.cumsum(array, dtype=np.int64)
+                self._position = int(ends[-1]) if len(ends) else self._position
+                self._append(name, ends)
+            else:
+                self._append(name, array)
+
+    def _append(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        self._files[name].write(np.ascontiguousarray(array, dtype=ARRAYS[name]).data)
+        self.items[name] += array.size
+
+    def __enter__(self) -> EntryWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._stack:
+            if kind is None:
+                for name, file in self._files.items():
+                    file.seek(0)
+                    file.write(_npy_header(name, self.items[name]))
+
+
+_HEADER_BYTES = 128
+
+
+def _npy_header(name: str, items: int) -> bytes:
+    """The header of a .npy file, always of the same length."""
+    shape = (items // 2, 2) if name == "origins" else (items,)
+    stream = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(ARRAYS[name])), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, described)
+    header = stream.getvalue()
+    if len(header) != _HEADER_BYTES:
+        raise ValueError(f"a .npy header of {len(header)} bytes")
+    return header
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:

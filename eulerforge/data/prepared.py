@@ -15,15 +15,15 @@ import attrs
 import numpy as np
 
 from eulerforge.config.cachedir import cache_root
-from eulerforge.data.cache import CacheEntry, cache_key, tokenizer_sha256
+from eulerforge.data.cache import CacheEntry, EntryWriter, cache_key, tokenizer_sha256
 from eulerforge.data.files import DataFile, find_files
 from eulerforge.data.read import BadRows, read_rows
 from eulerforge.data.render import Renderer
 from eulerforge.data.report import DataReport, PartReport
-from eulerforge.data.rows import ProcessedRow, Row, RowParser
+from eulerforge.data.rows import ChatRow, ProcessedRow, Row, RowParser, TextRow
 from eulerforge.data.split import split_rows
 from eulerforge.data.tokenize import RowTokenizer, Tokens
-from eulerforge.data.tokenized import TokenizedRows
+from eulerforge.data.tokenized import MemoryRows, RowChunk, TokenizedRows
 from eulerforge.errors import DataError
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def build_dataset(
         rendering=prepare.rendering,
         max_length=config.max_length,
         train_rows=len(train),
-        train_tokens=len(train.tokens),
+        train_tokens=train.token_count,
         train_label_tokens=train.label_tokens,
         validation_rows=len(validation) if validation is not None else 0,
-        validation_tokens=len(validation.tokens) if validation is not None else 0,
+        validation_tokens=validation.token_count if validation is not None else 0,
         validation_label_tokens=validation.label_tokens if validation is not None else 0,
         cache=prepare.cache_state,
         notes=tuple(prepare.notes),
@@ -113,14 +113,16 @@ class _Preparation:
         names = tuple(file.name for file in files)
         entry = self._entry(files, max_rows) if self.config.cache else None
         loaded = entry.load(names) if entry is not None else None
+        if isinstance(loaded, str):
+            self.notes.append(f"the token cache entry {loaded}; it was made again")
+        if not isinstance(loaded, tuple) and entry is not None:
+            loaded = self._into_cache(entry, files, names, max_rows)
         if isinstance(loaded, tuple):
             rows, facts = loaded
         else:
-            if isinstance(loaded, str):
-                self.notes.append(f"the token cache entry {loaded}; it was made again")
-            rows, facts = self._build(files, max_rows)
-            if entry is not None:
-                self._store(entry, rows, facts)
+            collected = MemoryRows()
+            facts = self._build(files, max_rows, collected)
+            rows = collected.finish(names)
         report = PartReport(files=names, **facts)
         if not len(rows):
             raise self._nothing_left(report)
@@ -145,23 +147,29 @@ class _Preparation:
         )
         return CacheEntry(folder=self._cache, key=key)
 
-    def _store(self, entry: CacheEntry, rows: TokenizedRows, facts: dict[str, Any]) -> None:
+    def _into_cache(
+        self, entry: CacheEntry, files: Sequence[DataFile], names: tuple[str, ...], max_rows: int | None
+    ) -> tuple[TokenizedRows, dict[str, Any]] | None:
+        """Tokenize into the cache and read it from there; None when the cache cannot be written, which is noted."""
         try:
-            entry.store(rows, facts)
-            self.cache_state = "built"
+            entry.build(lambda writer: self._build(files, max_rows, writer))
         except OSError as error:
             self.cache_state = "off"
             self.notes.append(f"the tokenized rows could not be cached in {entry.folder}: {error.strerror}")
+            return None
+        self.cache_state = "built"
+        loaded = entry.load(names, verify=False)
+        return loaded if isinstance(loaded, tuple) else None
 
-    def _build(self, files: Sequence[DataFile], max_rows: int | None) -> tuple[TokenizedRows, dict[str, Any]]:
+    def _build(self, files: Sequence[DataFile], max_rows: int | None, out: MemoryRows | EntryWriter) -> dict[str, Any]:
+        """Tokenize the files into ``out``, chunk by chunk; give back what became of the rows."""
         bad = BadRows()
         kinds: Counter[str] = Counter()
         dropped: Counter[str] = Counter()
         truncated = 0
-        kept: list[Tokens] = []
-        origins: list[tuple[int, int]] = []
         parsed = islice(self._parsed(files, bad), max_rows)
         while chunk := list(islice(parsed, _CHUNK)):
+            kept = RowChunk()
             kinds.update(row.kind for _, row in chunk)
             for (file, row), tokens in zip(chunk, self._tokens([row for _, row in chunk], bad), strict=True):
                 if tokens is None:
@@ -176,16 +184,17 @@ class _Preparation:
                 if not labelled.any():
                     dropped[NO_LABELS] += 1
                     continue
-                kept.append((ids, labelled))
-                origins.append((file, row.line))
+                kept.add(ids, labelled, (file, row.line))
+            # once a row is bad the run will stop: read on for further problems only
+            if not bad.total:
+                out.add(kept)
         bad.raise_if_any()
-        facts = {
+        return {
             "rows_read": kinds.total(),
             "kinds": dict(kinds),
             "dropped": dict(dropped),
             "truncated": truncated,
         }
-        return TokenizedRows.gather(kept, origins, tuple(file.name for file in files)), facts
 
     def _parsed(self, files: Sequence[DataFile], bad: BadRows) -> Iterator[tuple[int, Row]]:
         for index, file in enumerate(files):
@@ -197,18 +206,19 @@ class _Preparation:
     def _tokens(self, rows: Sequence[Row], bad: BadRows) -> list[Tokens | None]:
         """(ids, labelled) of each row, None where ``bad`` names it."""
         results: list[Tokens | None] = [None] * len(rows)
-        rendered = []
-        places = []
+        written: list[tuple[int, ChatRow | TextRow]] = []
         for place, row in enumerate(rows):
             if isinstance(row, ProcessedRow):
                 labelled = np.array(row.labelled, dtype=np.uint8)
                 labelled[:1] = 0
                 results[place] = (np.array(row.input_ids, dtype=np.uint32), labelled)
-            elif (shown := self._renderer.render(row, bad)) is not None:
-                rendered.append(shown)
-                places.append(place)
-        for place, tokens in zip(places, self._row_tokenizer.rows(rendered, bad), strict=True):
-            results[place] = tokens
+            else:
+                written.append((place, row))
+        shown = self._renderer.render_all([row for _, row in written], bad)
+        rendered = [(place, one) for (place, _), one in zip(written, shown, strict=True) if one is not None]
+        tokens = self._row_tokenizer.rows([one for _, one in rendered], bad)
+        for (place, _), one in zip(rendered, tokens, strict=True):
+            results[place] = one
         return results
 
     def _nothing_left(self, report: PartReport) -> DataError:

@@ -20,7 +20,7 @@ def question_of(rows: TokenizedRows, index: int, config: DataConfig, tokenizer: 
     """
     if config.format == "processed":
         return None
-    file_index, line = (int(number) for number in rows.origins[index])
+    file_index, line = rows.origin(index)
     (file,) = find_files([rows.files[file_index]])
     prompt = tokenizer.decode(rows.prompt(index).tolist(), skip_special_tokens=True)
     parser, bad = RowParser(config.schema), BadRows()

@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 
 from eulerforge.data.read import BadRows, SourceRow
 from eulerforge.data.rows import ChatRow, Message, ProcessedRow, Row, RowParser, TextRow
+from eulerforge.data.template_shape import TemplateShape, cues_of, is_plain, learn_shape
 from eulerforge.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from eulerforge.config.schema import DataConfig
 
 _PROBE = (Message("user", "question"), Message("assistant", "answer"))
+_SHAPE_TURNS = 5
 _NO_TEMPLATE_HINT = "--set data.template=none trains on plain text"
 
 
@@ -54,6 +56,37 @@ class Renderer:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._closers = tuple(special | {token for token in tokenizer.all_special_tokens if token})
         self._end_marker = self._probe_end_marker() if self.uses_template else ""
+        self._cues = cues_of(str(tokenizer.chat_template) if self.uses_template else "")
+        self._shapes: dict[tuple[str, ...], TemplateShape | None] = {}
+
+    def render_all(self, rows: Sequence[ChatRow | TextRow], bad: BadRows) -> list[Rendered | None]:
+        """Every row's text and spans, None for a row that ``bad`` now names.
+
+        Rows of a known shape are joined; the first and the last such row of the call are rendered too, and should they
+        differ, all of its rows and all later ones are rendered.
+        """
+        joined = [self._joined_by_shape(row) for row in rows]
+        by_shape = [index for index, one in enumerate(joined) if one is not None]
+        for index in {*by_shape[:1], *by_shape[-1:]}:
+            if joined[index] != self.render(rows[index], BadRows()):
+                self._shapes = dict.fromkeys(self._shapes)
+                joined = [None] * len(rows)
+                break
+        return [one or self.render(row, bad) for row, one in zip(rows, joined, strict=True)]
+
+    def _joined_by_shape(self, row: ChatRow | TextRow) -> Rendered | None:
+        if isinstance(row, TextRow) or not self.uses_template:
+            return None
+        messages = self._with_system(row.messages)
+        roles = tuple(message.role for message in messages)
+        if roles not in self._shapes:
+            # a conversation of a rare shape is not worth the probes
+            self._shapes[roles] = learn_shape(roles, self._templated) if len(roles) <= _SHAPE_TURNS else None
+        shape = self._shapes[roles]
+        if shape is None or not is_plain(messages, self._cues):
+            return None
+        text, spans = shape.fill(messages)
+        return Rendered(text=text, spans=spans, where=row.where, line=row.line)
 
     def render(self, row: ChatRow | TextRow, bad: BadRows) -> Rendered | None:
         """The row's text and spans, or None when the template cannot render it: then ``bad`` says why."""

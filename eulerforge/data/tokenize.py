@@ -1,6 +1,8 @@
 """Rendered rows as token ids with a mask of what is trained, by the Rust tokenizer in batches.
 
-Notable: the prompt is tokenized on its own and must be a prefix of the row's tokens. Where a token would reach over the
+Notable: the prompt is tokenized on its own and must be a prefix of the row's tokens. Tokenizers cut at special tokens
+first, so of a prompt only what follows its last special token needs to be tokenized, which with a chat template is the
+same few characters in every row. Where a token would reach over the
 border between prompt and answer (a prompt that ends in a space, an answer that begins with a line break) the row is
 tokenized in pieces, so that generation starts from exactly the tokens that were trained.
 The BOS token is put in front by id, once: never by the post-processor, which would double a template's own.
@@ -21,6 +23,8 @@ from eulerforge.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TAIL_TOKENS = 16
+_TAILS_KEPT = 4096
 Tokens = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]
 
 
@@ -40,22 +44,21 @@ class RowTokenizer:
         backend.no_padding()
         self._bos = _bos_that_is_used(tokenizer, backend)
         self._anchor = tokenizer.eos_token or tokenizer.bos_token or ""
+        self._special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._tails: dict[tuple[int, str], list[int]] = {}
 
     def rows(self, rendered: Sequence[Rendered], bad: BadRows) -> list[Tokens | None]:
         """(ids uint32, labelled uint8) of each row; None for a row that ``bad`` now names."""
         whole = self._encode([row.text for row in rendered])
-        prompts = [row.text[:start] for row in rendered for start, _ in row.spans if start]
-        # Only ids are compared: this variant does not track offsets.
-        encoded = iter(self._backend.encode_batch_fast(prompts, add_special_tokens=False) if prompts else ())
+        borders = self._borders(rendered, whole)
         results: list[Tokens | None] = []
-        for row, encoding in zip(rendered, whole, strict=True):
+        for row, encoding, firsts in zip(rendered, whole, borders, strict=True):
             ids: list[int] = encoding.ids
-            ranges = []
-            clean = True
-            for start, end in row.spans:
-                before: list[int] = next(encoded).ids if start else []
-                clean = clean and ids[: len(before)] == before
-                ranges.append((len(before), _tokens_until(encoding, row.text, end)))
+            ranges = [
+                (first or 0, _tokens_until(encoding, row.text, end))
+                for first, (_, end) in zip(firsts, row.spans, strict=True)
+            ]
+            clean = None not in firsts
             if not clean:
                 pieces = self._in_pieces(row)
                 if self._backend.decode(pieces[0], skip_special_tokens=False) != self._backend.decode(
@@ -71,6 +74,49 @@ class RowTokenizer:
                 ids, ranges = pieces
             results.append(self._masked(ids, ranges))
         return results
+
+    def _borders(self, rendered: Sequence[Rendered], whole: Sequence[Any]) -> list[list[int | None]]:
+        """How many of a row's ids are the prompt before each of its spans; None where its tokens are not a prefix."""
+        found: list[list[int | None]] = []
+        open_places: list[tuple[int, int]] = []
+        for number, (row, encoding) in enumerate(zip(rendered, whole, strict=True)):
+            ids = encoding.ids
+            found.append([])
+            for start, _ in row.spans:
+                known, border = self._border_behind_special(row.text, start, encoding, ids)
+                if not known:
+                    open_places.append((number, len(found[-1])))
+                found[-1].append(border)
+        prompts = [rendered[row].text[: rendered[row].spans[span][0]] for row, span in open_places]
+        # only ids are compared: this variant does not track offsets
+        encoded = self._backend.encode_batch_fast(prompts, add_special_tokens=False) if prompts else ()
+        for (row, span), encoding in zip(open_places, encoded, strict=True):
+            before = encoding.ids
+            found[row][span] = len(before) if whole[row].ids[: len(before)] == before else None
+        return found
+
+    def _border_behind_special(self, text: str, start: int, encoding: Any, ids: list[int]) -> tuple[bool, int | None]:
+        """(whether it is known, the border) where a special token stands shortly before the end of the prompt."""
+        place = encoding.char_to_token(start - 1) if start else None
+        if place is None:
+            return not start, 0
+        for index in range(place, max(-1, place - _TAIL_TOKENS), -1):
+            if ids[index] in self._special:
+                tail = self._tail(ids[index], text[encoding.token_to_chars(index)[1] : start])
+                end = index + 1 + len(tail)
+                return True, end if ids[index + 1 : end] == tail else None
+        return False, None
+
+    def _tail(self, special: int, text: str) -> list[int]:
+        """Ids of ``text`` right behind a special token."""
+        if not text:
+            return []
+        known = self._tails.get((special, text))
+        if known is None:
+            known = self._encode([self._special[special] + text])[0].ids[1:]
+            if len(self._tails) < _TAILS_KEPT:
+                self._tails[special, text] = known
+        return known
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a prompt, with the BOS token where the tokenizer uses one."""

@@ -2,12 +2,13 @@
 
 Shapes: N rows, T tokens in all. tokens (T,) uint32, labelled (T,) uint8, offsets (N + 1,) int64, origins (N, 2) int64.
 Row i is ``tokens[offsets[i]:offsets[i + 1]]``; its origin is (index into ``files``, line).
+A subset shares the arrays and keeps only which rows it picked, so that holding rows out of a million copies none.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import attrs
@@ -19,39 +20,40 @@ ARRAYS = {"tokens": np.uint32, "labelled": np.uint8, "offsets": np.int64, "origi
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
 class TokenizedRows:
-    """Rows of token ids with a mask of what is trained; the arrays may be memory-mapped and must not be written."""
+    """Rows of token ids with a mask of what is trained; the arrays may be memory-mapped and must not be written.
+
+    ``picked`` is None for all rows of the arrays, else the indices (M,) of those that belong here, in order.
+    """
 
     tokens: npt.NDArray[np.uint32]
     labelled: npt.NDArray[np.uint8]
     offsets: npt.NDArray[np.int64]
     origins: npt.NDArray[np.int64]
     files: tuple[str, ...]
+    picked: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def gather(
         cls,
-        rows: Iterable[tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]],
+        rows: Sequence[tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]],
         origins: Sequence[tuple[int, int]],
-        files: tuple[str, ...],
+        files: Sequence[str],
     ) -> TokenizedRows:
         """Flat arrays out of (ids, labelled) pairs and their (file index, line)."""
-        pairs = list(rows)
-        offsets = np.zeros(len(pairs) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids, _ in pairs], out=offsets[1:])
-        return cls(
-            tokens=np.concatenate([ids for ids, _ in pairs], dtype=np.uint32) if pairs else np.zeros(0, np.uint32),
-            labelled=np.concatenate([mask for _, mask in pairs], dtype=np.uint8) if pairs else np.zeros(0, np.uint8),
-            offsets=offsets,
-            origins=np.array(origins, dtype=np.int64).reshape(-1, 2),
-            files=files,
-        )
+        collected = MemoryRows()
+        collected.add(RowChunk([ids for ids, _ in rows], [mask for _, mask in rows], list(origins)))
+        return collected.finish(files)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.offsets) - 1 if self.picked is None else len(self.picked)
+
+    def _place(self, index: int) -> int:
+        return index if self.picked is None else int(self.picked[index])
 
     def row(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
         """(ids, labelled) of one row, as views."""
-        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        place = self._place(index)
+        part = slice(int(self.offsets[place]), int(self.offsets[place + 1]))
         return self.tokens[part], self.labelled[part]
 
     def prompt(self, index: int) -> npt.NDArray[np.uint32]:
@@ -59,33 +61,85 @@ class TokenizedRows:
         ids, labelled = self.row(index)
         return ids[: int(np.argmax(labelled))] if labelled.any() else ids
 
+    def origin(self, index: int) -> tuple[int, int]:
+        """(index into ``files``, line) of a row."""
+        file, line = self.origins[self._place(index)]
+        return int(file), int(line)
+
     def source(self, index: int) -> str:
         """``file:line`` of a row."""
-        file, line = self.origins[index]
-        return f"{self.files[int(file)]}:{int(line)}"
+        file, line = self.origin(index)
+        return f"{self.files[file]}:{line}"
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each row, (N,)."""
-        return np.diff(self.offsets)
+        lengths = np.diff(self.offsets)
+        return lengths if self.picked is None else lengths[self.picked]
 
     @property
+    def token_count(self) -> int:
+        """How many tokens there are."""
+        return int(self.lengths.sum())
+
+    @cached_property
     def label_tokens(self) -> int:
         """How many tokens are trained."""
-        return int(np.count_nonzero(self.labelled))
+        if self.picked is None:
+            return int(np.count_nonzero(self.labelled))
+        per_row = np.add.reduceat(self.labelled, self.offsets[:-1], dtype=np.int64)
+        return int(per_row[self.picked].sum())
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of all that training sees: tokens, mask and row borders."""
+        """Hash of all that training sees: tokens, mask, row borders and which rows are picked."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.labelled, self.offsets):
             digest.update(np.ascontiguousarray(array).data)
+        if self.picked is not None:
+            digest.update(np.ascontiguousarray(self.picked).data)
         return digest.hexdigest()
 
     def subset(self, indices: npt.NDArray[np.int64]) -> TokenizedRows:
-        """The rows at ``indices``, in that order, as a copy."""
-        return TokenizedRows.gather(
-            [self.row(int(index)) for index in indices],
-            [(int(file), int(line)) for file, line in self.origins[indices]],
-            self.files,
-        )
+        """The rows at ``indices``, in that order; the arrays are shared."""
+        picked = np.asarray(indices, dtype=np.int64)
+        return attrs.evolve(self, picked=picked if self.picked is None else self.picked[picked])
+
+
+@attrs.define
+class RowChunk:
+    """Rows on their way into the arrays: ids and masks of each, and where each came from."""
+
+    ids: list[npt.NDArray[np.uint32]] = attrs.field(factory=list)
+    labelled: list[npt.NDArray[np.uint8]] = attrs.field(factory=list)
+    origins: list[tuple[int, int]] = attrs.field(factory=list)
+
+    def add(self, ids: npt.NDArray[np.uint32], labelled: npt.NDArray[np.uint8], origin: tuple[int, int]) -> None:
+        self.ids.append(ids)
+        self.labelled.append(labelled)
+        self.origins.append(origin)
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """The chunk as flat arrays; ``offsets`` holds the rows' lengths here."""
+        return {
+            "tokens": np.concatenate([*self.ids, np.zeros(0, np.uint32)], dtype=np.uint32),
+            "labelled": np.concatenate([*self.labelled, np.zeros(0, np.uint8)], dtype=np.uint8),
+            "offsets": np.array([len(ids) for ids in self.ids], dtype=np.int64),
+            "origins": np.array(self.origins, dtype=np.int64).reshape(-1, 2),
+        }
+
+
+class MemoryRows:
+    """Collects chunks in memory; the cache's writer does the same on disk."""
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, npt.NDArray[np.generic]]] = []
+
+    def add(self, chunk: RowChunk) -> None:
+        self._parts.append(chunk.arrays())
+
+    def finish(self, files: Sequence[str]) -> TokenizedRows:
+        parts = self._parts or [RowChunk().arrays()]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS}
+        joined["offsets"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(joined["offsets"])])
+        return TokenizedRows(files=tuple(files), **joined)  # type: ignore[arg-type]

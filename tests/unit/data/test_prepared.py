@@ -157,4 +157,4 @@ def test_more_rows_than_one_batch_of_the_tokenizer(write_rows: Write, chatml: An
     for index in (0, 1023, 1024, 2499):
         ids, labelled = data.train.row(index)
         assert chatml.decode(ids[labelled == 1].tolist()) == f"{index}<|im_end|>"
-        assert data.train.origins[index].tolist() == [0, index + 1]
+        assert data.train.origin(index) == (0, index + 1)
