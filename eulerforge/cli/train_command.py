@@ -162,6 +162,5 @@ def _resume_command() -> str:
 
 def _quiet_libraries() -> None:
     """The libraries' own bars and telemetry would interleave with ours; set before they are imported."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -10,7 +10,6 @@ chunk with the template, too.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable, Sequence
 
@@ -41,8 +40,13 @@ def cues_of(template: str) -> re.Pattern[str]:
     """Matches a content that holds markup, or one of the texts that the template names."""
     try:
         tokens = list(jinja2.Environment(autoescape=True).lex(template))
-        named = {str(ast.literal_eval(value)) for _, kind, value in tokens if kind == "string"}
-    except (jinja2.TemplateError, ValueError, SyntaxError):
+        # jinja's own way to read its string literals, which may span lines
+        named = {
+            value[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
+            for _, kind, value in tokens
+            if kind == "string"
+        }
+    except (jinja2.TemplateError, UnicodeDecodeError):
         return re.compile("")  # matches everything: all rows are rendered
     cues = sorted(name for name in named if name.strip() and name not in _ROLE_WORDS and not _MARKUP.search(name))
     return re.compile("|".join([_STEERING, *map(re.escape, cues)]))
