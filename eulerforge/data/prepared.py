@@ -5,8 +5,9 @@ Read, parse, render, tokenize, cut, cache, split: each step is a module of its o
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,9 @@ from eulerforge.config.cachedir import cache_root
 from eulerforge.data.cache import CacheEntry, EntryWriter, cache_key, tokenizer_sha256
 from eulerforge.data.files import DataFile, find_files
 from eulerforge.data.read import BadRows, read_rows
-from eulerforge.data.render import Renderer
+from eulerforge.data.render import Rendered, Renderer
 from eulerforge.data.report import DataReport, PartReport
-from eulerforge.data.rows import ChatRow, ProcessedRow, Row, RowParser, TextRow
+from eulerforge.data.rows import ProcessedRow, Row, RowParser
 from eulerforge.data.split import split_rows
 from eulerforge.data.tokenize import RowTokenizer, Tokens
 from eulerforge.data.tokenized import MemoryRows, RowChunk, TokenizedRows
@@ -168,10 +169,10 @@ class _Preparation:
         dropped: Counter[str] = Counter()
         truncated = 0
         parsed = islice(self._parsed(files, bad), max_rows)
-        while chunk := list(islice(parsed, _CHUNK)):
+        for chunk, found in self._tokenized(parsed, bad):
             kept = RowChunk()
             kinds.update(row.kind for _, row in chunk)
-            for (file, row), tokens in zip(chunk, self._tokens([row for _, row in chunk], bad), strict=True):
+            for (file, row), tokens in zip(chunk, found, strict=True):
                 if tokens is None:
                     continue
                 ids, labelled = tokens
@@ -185,9 +186,7 @@ class _Preparation:
                     dropped[NO_LABELS] += 1
                     continue
                 kept.add(ids, labelled, (file, row.line))
-            # once a row is bad the run will stop: read on for further problems only
-            if not bad.total:
-                out.add(kept)
+            out.add(kept)
         bad.raise_if_any()
         return {
             "rows_read": kinds.total(),
@@ -203,20 +202,49 @@ class _Preparation:
                 if row is not None:
                     yield index, row
 
-    def _tokens(self, rows: Sequence[Row], bad: BadRows) -> list[Tokens | None]:
-        """(ids, labelled) of each row, None where ``bad`` names it."""
-        results: list[Tokens | None] = [None] * len(rows)
-        written: list[tuple[int, ChatRow | TextRow]] = []
-        for place, row in enumerate(rows):
+    def _tokenized(
+        self, parsed: Iterator[tuple[int, Row]], bad: BadRows
+    ) -> Iterator[tuple[list[tuple[int, Row]], list[Tokens | None]]]:
+        """Chunks of rows with (ids, labelled) of each, None where ``bad`` names it.
+
+        While the tokenizer works on one chunk, the next is parsed and rendered.
+        """
+        with ThreadPoolExecutor(1) as worker:
+            waiting: deque[tuple[list[tuple[int, Row]], list[tuple[int, Rendered]], Future[list[Any]]]] = deque()
+            while True:
+                chunk = list(islice(parsed, _CHUNK))
+                if chunk:
+                    rendered = self._rendered([row for _, row in chunk], bad)
+                    # once a row is bad the run will stop: the rest is read for further problems only
+                    if not bad.total:
+                        encoded = worker.submit(self._row_tokenizer.encode, [one for _, one in rendered])
+                        waiting.append((chunk, rendered, encoded))
+                if len(waiting) > 1 or (waiting and not chunk):
+                    chunk_before, rendered, encoded = waiting.popleft()
+                    yield chunk_before, self._tokens(chunk_before, rendered, encoded.result(), bad)
+                elif not chunk:
+                    return
+
+    def _rendered(self, rows: Sequence[Row], bad: BadRows) -> list[tuple[int, Rendered]]:
+        """The rows that are text, rendered, each with its place."""
+        written = [(place, row) for place, row in enumerate(rows) if not isinstance(row, ProcessedRow)]
+        shown = self._renderer.render_all([row for _, row in written], bad)
+        return [(place, one) for (place, _), one in zip(written, shown, strict=True) if one is not None]
+
+    def _tokens(
+        self,
+        chunk: Sequence[tuple[int, Row]],
+        rendered: Sequence[tuple[int, Rendered]],
+        encoded: list[Any],
+        bad: BadRows,
+    ) -> list[Tokens | None]:
+        results: list[Tokens | None] = [None] * len(chunk)
+        for place, (_, row) in enumerate(chunk):
             if isinstance(row, ProcessedRow):
                 labelled = np.array(row.labelled, dtype=np.uint8)
                 labelled[:1] = 0
                 results[place] = (np.array(row.input_ids, dtype=np.uint32), labelled)
-            else:
-                written.append((place, row))
-        shown = self._renderer.render_all([row for _, row in written], bad)
-        rendered = [(place, one) for (place, _), one in zip(written, shown, strict=True) if one is not None]
-        tokens = self._row_tokenizer.rows([one for _, one in rendered], bad)
+        tokens = self._row_tokenizer.rows([one for _, one in rendered], encoded, bad)
         for (place, _), one in zip(rendered, tokens, strict=True):
             results[place] = one
         return results

@@ -47,19 +47,24 @@ class RowTokenizer:
         self._special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._tails: dict[tuple[int, str], list[int]] = {}
 
-    def rows(self, rendered: Sequence[Rendered], bad: BadRows) -> list[Tokens | None]:
-        """(ids uint32, labelled uint8) of each row; None for a row that ``bad`` now names."""
-        whole = self._encode([row.text for row in rendered])
-        borders = self._borders(rendered, whole)
+    def encode(self, rendered: Sequence[Rendered]) -> list[Any]:
+        """The rows' whole texts, encoded; the Rust code holds no lock, so another thread may work meanwhile."""
+        return list(self._encode([row.text for row in rendered]))
+
+    def rows(self, rendered: Sequence[Rendered], encoded: Sequence[Any], bad: BadRows) -> list[Tokens | None]:
+        """(ids uint32, labelled uint8) of each row; None for a row that ``bad`` now names.
+
+        ``encoded`` is what ``encode`` gave for the same rows.
+        """
+        all_ids: list[list[int]] = [encoding.ids for encoding in encoded]
+        borders = self._borders(rendered, encoded, all_ids)
         results: list[Tokens | None] = []
-        for row, encoding, firsts in zip(rendered, whole, borders, strict=True):
-            ids: list[int] = encoding.ids
+        for row, encoding, ids, firsts in zip(rendered, encoded, all_ids, borders, strict=True):
             ranges = [
                 (first or 0, _tokens_until(encoding, row.text, end))
                 for first, (_, end) in zip(firsts, row.spans, strict=True)
             ]
-            clean = None not in firsts
-            if not clean:
+            if None in firsts:
                 pieces = self._in_pieces(row)
                 if self._backend.decode(pieces[0], skip_special_tokens=False) != self._backend.decode(
                     ids, skip_special_tokens=False
@@ -75,24 +80,25 @@ class RowTokenizer:
             results.append(self._masked(ids, ranges))
         return results
 
-    def _borders(self, rendered: Sequence[Rendered], whole: Sequence[Any]) -> list[list[int | None]]:
+    def _borders(
+        self, rendered: Sequence[Rendered], encoded: Sequence[Any], all_ids: Sequence[list[int]]
+    ) -> list[list[int | None]]:
         """How many of a row's ids are the prompt before each of its spans; None where its tokens are not a prefix."""
         found: list[list[int | None]] = []
         open_places: list[tuple[int, int]] = []
-        for number, (row, encoding) in enumerate(zip(rendered, whole, strict=True)):
-            ids = encoding.ids
+        for number, (row, encoding, ids) in enumerate(zip(rendered, encoded, all_ids, strict=True)):
             found.append([])
             for start, _ in row.spans:
                 known, border = self._border_behind_special(row.text, start, encoding, ids)
                 if not known:
                     open_places.append((number, len(found[-1])))
                 found[-1].append(border)
-        prompts = [rendered[row].text[: rendered[row].spans[span][0]] for row, span in open_places]
+        prompts = [rendered[number].text[: rendered[number].spans[span][0]] for number, span in open_places]
         # only ids are compared: this variant does not track offsets
-        encoded = self._backend.encode_batch_fast(prompts, add_special_tokens=False) if prompts else ()
-        for (row, span), encoding in zip(open_places, encoded, strict=True):
+        alone = self._backend.encode_batch_fast(prompts, add_special_tokens=False) if prompts else ()
+        for (number, span), encoding in zip(open_places, alone, strict=True):
             before = encoding.ids
-            found[row][span] = len(before) if whole[row].ids[: len(before)] == before else None
+            found[number][span] = len(before) if all_ids[number][: len(before)] == before else None
         return found
 
     def _border_behind_special(self, text: str, start: int, encoding: Any, ids: list[int]) -> tuple[bool, int | None]:

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from eulerforge.config.schema import DataConfig
 from eulerforge.data.read import BadRows, SourceRow
-from eulerforge.data.render import Renderer, render_prompt
+from eulerforge.data.render import Rendered, Renderer, render_prompt
 from eulerforge.data.rows import ChatRow, RowParser, TextRow
-from eulerforge.data.tokenize import RowTokenizer
+from eulerforge.data.tokenize import RowTokenizer, Tokens
 from eulerforge.errors import DataError
 
 TALK = [
@@ -25,6 +25,12 @@ TALK = [
 ]
 TEMPLATED = ["chatml", "llama3", "gemma"]
 Train = Callable[..., tuple[list[int], list[int]]]
+
+
+def tokenized(tokenizer: PreTrainedTokenizerFast, rendered: list[Rendered], bad: BadRows) -> list[Tokens | None]:
+    """Rendered rows as (ids, labelled)."""
+    rows = RowTokenizer(tokenizer)
+    return rows.rows(rendered, rows.encode(rendered), bad)
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def train(data_config: Callable[..., Any]) -> Train:
         bad.raise_if_any()
         assert isinstance(row, ChatRow | TextRow)
         rendered = Renderer(config, tokenizer).render(row, bad)
-        results = RowTokenizer(tokenizer).rows([rendered] if rendered else [], bad)
+        results = tokenized(tokenizer, [rendered] if rendered else [], bad)
         bad.raise_if_any()
         assert results[0] is not None
         return results[0][0].tolist(), results[0][1].tolist()
@@ -294,7 +300,7 @@ def test_mask_and_text_hold_for_any_text(chatml: Any, pairs: list[tuple[str, str
     assert isinstance(row, ChatRow)
     rendered = Renderer(config, chatml).render(row, bad)
     assert rendered is not None
-    (result,) = RowTokenizer(chatml).rows([rendered], bad)
+    (result,) = tokenized(chatml, [rendered], bad)
     assert not bad.total
     assert result is not None
     ids, labelled = result
