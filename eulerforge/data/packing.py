@@ -182,7 +182,7 @@ def _longest_first(rows: TokenizedRows, indices: Sequence[int]) -> list[int]:
 
 
 def _length(rows: TokenizedRows, index: int) -> int:
-    return int(rows.offsets[index + 1] - rows.offsets[index])
+    return int(rows.lengths[index])
 
 
 def _tokens(rows: TokenizedRows, part: Sequence[int]) -> int:
