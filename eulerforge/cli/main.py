@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -15,6 +15,7 @@ from eulerforge.errors import EulerForgeError, Problem, UsageError
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train_command", "fine-tune a model from a preset"),
     "bench": ("bench_command", "merge a run and measure it on held-out rows"),
+    "replay": ("replay_command", "train some steps of a run again and compare every number"),
     "merge": ("merge_command", "write a run's merged model as a Hugging Face folder"),
     "export": ("export_command", "write a run as a merged model or a PEFT adapter"),
     "data": ("data_command", "look at the rows as the model will see them"),
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, where a reader that went away is no error, and not at the interpreter's end
+        return code
     except EulerForgeError as error:
         if debug:
             _traceback()
@@ -75,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # the reader of our output went away, as `| head` does; keep the interpreter's last flush quiet
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from eulerforge.cli.streams import lead_nowhere
+
+        lead_nowhere(sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001 - the last line of defence: one line, never a bare traceback
         if debug:
@@ -107,11 +112,14 @@ def _dispatch(arguments: list[str]) -> int:
 def _print_problems(problems: Sequence[Problem], as_json: bool) -> None:
     from eulerforge.cli.output import emit_json_problems, say
 
-    if as_json:
-        emit_json_problems(problems)
-    for problem in problems:
-        for line in problem.lines():
-            say(line)
+    with contextlib.suppress(OSError, ValueError):  # nobody listens; the exit code still says it
+        if as_json:
+            emit_json_problems(problems)
+            sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        for problem in problems:
+            for line in problem.lines():
+                say(line)
 
 
 def _traceback() -> None:
@@ -122,4 +130,7 @@ def _traceback() -> None:
 
 def entry() -> NoReturn:
     """The console script."""
+    from eulerforge.cli.streams import open_standard_streams
+
+    open_standard_streams()
     sys.exit(main())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from eulerforge.cli.numbers import at_least
 from eulerforge.cli.output import emit_json, say, warn
 from eulerforge.cli.plugin_options import registry_from
+from eulerforge.cli.streams import unbreakable_output
 from eulerforge.cli.train_config import add_config_options, load_from_args, validate
 from eulerforge.errors import ConfigError, UsageError
 
@@ -146,11 +147,12 @@ def _train(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -
         debug_names=args.debug_trainable_names,
         resume_command=_resume_command(),
     )
-    summary = run_training(loaded, registry, Path(str(loaded.run.output_dir)), options, say)
-    if args.json:
-        emit_json(summary)
-    else:
-        print("\n".join(summary_lines(summary)))
+    with unbreakable_output():
+        summary = run_training(loaded, registry, Path(str(loaded.run.output_dir)), options, say)
+        if args.json:
+            emit_json(summary)
+        else:
+            print("\n".join(summary_lines(summary)))
     return 0
 
 

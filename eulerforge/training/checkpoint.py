@@ -96,8 +96,7 @@ def save_checkpoint(
             write_tensors(staging / OPTIMIZER_FILE, moments)
             write_state(staging, state)
             write_manifest(staging, "checkpoint", state.step, report, run_id=state.run_id, held_out=_loss_at(state))
-        for old in rotate(out, state, keep_last=keep_last, keep_best=keep_best):
-            delete_folder(old)
+        delete_rotated(out, state, keep_last=keep_last, keep_best=keep_best)
     return folder
 
 
@@ -290,6 +289,12 @@ def complete_checkpoints(out: Path, *, say: Callable[[str], None] | None = None,
                 say(f"skipped {folder.name}: {error}")
             continue
         yield folder
+
+
+def delete_rotated(out: Path, state: TrainState, *, keep_last: int | None, keep_best: int | None) -> None:
+    """Delete what ``rotate`` names."""
+    for old in rotate(out, state, keep_last=keep_last, keep_best=keep_best):
+        delete_folder(old)
 
 
 def delete_folder(folder: Path) -> None:

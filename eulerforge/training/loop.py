@@ -27,7 +27,7 @@ from eulerforge.training.debug import GroupNorms
 from eulerforge.training.evaluate import EvaluationStopped, held_out_loss
 from eulerforge.training.forward import label_token_loss
 from eulerforge.training.memory import peak_bytes
-from eulerforge.training.metrics import MetricsLog
+from eulerforge.training.metrics import RowLog
 from eulerforge.training.optimizer import learning_rate
 from eulerforge.training.phases import enter_phase
 from eulerforge.training.progress import Progress
@@ -39,7 +39,7 @@ def train_loop(
     state: TrainState,
     *,
     total_steps: int,
-    log: MetricsLog,
+    log: RowLog,
     progress: Progress,
     save: Callable[[], Path],
     stop_wanted: Callable[[], bool] = lambda: False,
@@ -147,7 +147,7 @@ def train_loop(
 
 
 def validate(
-    run: Run, step: int, log: MetricsLog, progress: Progress, stop_wanted: Callable[[], bool] = lambda: False
+    run: Run, step: int, log: RowLog, progress: Progress, stop_wanted: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
     """Held-out loss as it is now, into the metrics and onto the screen; empty without validation rows or at a stop."""
     rows = run.datasets.validation
@@ -172,7 +172,7 @@ def _validation_is_due(every: int, state: TrainState, total_steps: int) -> bool:
     return bool(every) and state.step % every == 0 and 0 < state.step < total_steps
 
 
-def _measure(run: Run, state: TrainState, log: MetricsLog, progress: Progress, stop_wanted: Callable[[], bool]) -> None:
+def _measure(run: Run, state: TrainState, log: RowLog, progress: Progress, stop_wanted: Callable[[], bool]) -> None:
     facts = validate(run, state.step, log, progress, stop_wanted)
     if facts:
         state.held_out = {"step": state.step, "loss": facts["held_out_loss"]}

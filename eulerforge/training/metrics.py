@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from eulerforge.config.atomic import write_all, write_text_atomic
 from eulerforge.errors import RunError
@@ -16,17 +16,27 @@ from eulerforge.errors import RunError
 FILE_NAME = "metrics.jsonl"
 
 
+class RowLog(Protocol):
+    """What the loop needs of a log."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Take a row."""
+
+    def sync(self) -> None:
+        """Make what was taken last."""
+
+
 class MetricsLog:
     """Appends rows; opened at step N, it first drops the rows of later steps, which will be trained again.
 
-    With ``ended`` N is the last step: its held-out loss will be measured again too.
+    With ``measured_again`` the held-out loss of step N goes too.
     Every method raises RunError when the disk is full or not writable.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0, ended: bool = False) -> None:
+    def __init__(self, folder: Path, *, step: int = 0, measured_again: bool = False) -> None:
         self.path = folder / FILE_NAME
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
-        if ended:
+        if measured_again:
             kept = [row for row in kept if row["step"] < step or "held_out_loss" not in row]
         with self._faults():
             write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))

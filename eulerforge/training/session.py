@@ -16,7 +16,14 @@ from eulerforge.models.samples import generate_answers
 from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say, assemble, refuse_many_processes
 from eulerforge.training.blame import plugin_blamed
-from eulerforge.training.checkpoint import TrainState, latest_complete, load_checkpoint, read_state, save_checkpoint
+from eulerforge.training.checkpoint import (
+    TrainState,
+    delete_rotated,
+    latest_complete,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from eulerforge.training.debug import trainable_lines
 from eulerforge.training.final import save_final
 from eulerforge.training.identity import accept_changes, identity, shown, soft_changes
@@ -86,9 +93,10 @@ class _Session:
         self._announce()
         self._open_folder()
         progress = make_progress(self.total_steps, self.training.log_steps)
-        ended = self.state.step == self.total_steps
+        # measured again: at the end always, elsewhere when a stop gave it up
+        again = self.state.step == self.total_steps or self.state.held_out.get("step") != self.state.step
         blamed = plugin_blamed(self.registry, lambda: self.state.step)
-        with MetricsLog(self.out, step=self.state.step, ended=ended) as log, progress, self.stop, blamed:
+        with MetricsLog(self.out, step=self.state.step, measured_again=again) as log, progress, self.stop, blamed:
             if not (self.state.before and self.state.step):
                 self.state.before = self._measured(log, progress)
             train_loop(
@@ -107,6 +115,7 @@ class _Session:
                 self._save()
             self._stop_if_wanted()
             after = self._measured(log, progress)
+            log.sync()
             self._stop_if_wanted()
         self.run.isolation.remove()
         summary = make_summary(self.run, self.state, after)
@@ -179,6 +188,8 @@ class _Session:
         self.state = load_checkpoint(newest, self.run.model, self.optimizer, self.run.phases.trained_names)
         self.state.identity, self.state.run_id = now.identity, self.state.run_id or now.run_id
         self.saved_at = self.state.step
+        # the save may have been the last thing that the run did
+        delete_rotated(self.out, self.state, **self._kept)
         self.say(f"resumed from {newest} at step {self.state.step}")
         for fact in changed:
             self.say(f"warning: {fact['key']} was {shown(fact['was'])} and is {shown(fact['now'])} now, as allowed")
@@ -193,9 +204,13 @@ class _Session:
             self.optimizer,
             self.run.report,
             self.run.phases.trained_names,
-            keep_last=self.run.config.checkpoint.keep_last,
-            keep_best=self.run.config.checkpoint.keep_best,
+            **self._kept,
         )
+
+    @property
+    def _kept(self) -> dict[str, int | None]:
+        config = self.run.config.checkpoint
+        return {"keep_last": config.keep_last, "keep_best": config.keep_best}
 
     def _stop_if_wanted(self) -> None:
         if self.stop.number is not None:

@@ -1,4 +1,4 @@
-"""A disk that fails where a test says so: every write, flush, rename, creation and deletion below one folder is counted.
+"""A disk that fails where a test says so: each write, flush, rename, creation and deletion below a folder is counted.
 
 Functions of ``os`` are replaced, so this works for code that writes through them; what a compiled library writes is one
 opaque step between two counted ones, and in a power failure all of it counts as not flushed. A flush is noted, not

@@ -7,6 +7,7 @@ Forking is safe because nothing here has started a second thread: torch is held 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tinyrun
-from disk import BLACKOUT, DIE, KILLED, TEAR, Disk, once
+from disk import TEAR, Disk, once
 
 
 def main(request: dict[str, Any]) -> None:
@@ -31,6 +32,7 @@ def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
     straight = folder / "straight"
+    shutil.rmtree(straight, ignore_errors=True)
     code, operations = train(folder, straight, settings)
     import_all(folder / "modules.json")
     print(json.dumps({"straight": code, "operations": operations}), flush=True)
@@ -73,7 +75,7 @@ def train(
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if resume:
-        marks = ("resumed from", "starting at step 0", "is finished", "skipped", "error", "removed", "put back", "again")
+        marks = ("resumed from", "starting at step 0", "is finished", "skipped", "error", "removed", "put back")
         lines = (folder / "said.txt").read_text().splitlines()
         return code, [line.replace(str(out), "RUN") for line in lines if any(mark in line for mark in marks)]
     return code, json.loads(report.read_text()) if report.exists() else []
@@ -96,6 +98,7 @@ def import_all(names: Path) -> None:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     assert threading.active_count() == 1, "a process with threads must not fork"
+    gc.freeze()  # the collector would touch, and so copy, every page in every child
 
 
 class Quiet(contextlib.redirect_stdout):  # type: ignore[type-arg]
@@ -114,5 +117,4 @@ def outcome(out: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    assert {DIE, TEAR, BLACKOUT} and KILLED
     main(json.loads(sys.argv[1]))

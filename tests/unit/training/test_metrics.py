@@ -36,7 +36,7 @@ def test_the_last_measure_is_not_written_twice(tmp_path: Path) -> None:
             log.write(row)
     with MetricsLog(tmp_path, step=2):
         assert len(read_metrics(tmp_path)) == 3, "a validation in the middle of a run is kept"
-    with MetricsLog(tmp_path, step=2, ended=True):
+    with MetricsLog(tmp_path, step=2, measured_again=True):
         assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
         assert "loss" in read_metrics(tmp_path)[1]
 

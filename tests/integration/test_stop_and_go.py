@@ -1,0 +1,273 @@
+"""What comes from outside while a run trains: signals at any moment, terminals that close, and what is resumed then."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinyrun
+
+from eulerforge.cli.main import main
+from eulerforge.training import loop, session
+
+SETTINGS: dict[str, Any] = {
+    "data__validation__size": 6,
+    "injection__lora_dropout": 0.1,
+    "training__max_train_steps": 6,
+    "training__save_steps": 2,
+    "training__val_steps": 2,
+    "training__threads": 1,
+    "evaluation__samples": 2,
+    "evaluation__max_new_tokens": 4,
+    "evaluation__batch_size": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tinyrun.prepare(tmp_path_factory.mktemp("straight"))
+    assert main(tinyrun.arguments(folder, **SETTINGS)) == 0
+    return folder / "run"
+
+
+def words(straight: Path, out: Path, **changes: Any) -> list[str]:
+    return tinyrun.arguments(straight.parent, **{**SETTINGS, "output_dir": str(out), **changes})
+
+
+def assert_equal(straight: Path, out: Path) -> None:
+    for name in ("checkpoint-6/adapter.safetensors", "checkpoint-6/optimizer.safetensors", "final/adapter.safetensors"):
+        assert (straight / name).read_bytes() == (out / name).read_bytes(), name
+    assert tinyrun.metrics(straight) == tinyrun.metrics(out)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (straight, out)]
+    assert [summary["samples"] for summary in summaries] == [summaries[0]["samples"]] * 2
+    assert summaries[0]["held_out"] == summaries[1]["held_out"]
+
+
+def calling(number: int, nth: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """``real``, with a signal to this process before its n-th call."""
+    calls = 0
+
+    def call(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            os.kill(os.getpid(), number)
+        return real(*args, **options)
+
+    return call
+
+
+MOMENTS: dict[str, tuple[Any, str, int]] = {
+    "in a step": (loop, "label_token_loss", 3),
+    "in a validation": (loop, "held_out_loss", 2),
+    "in the first sample": (session, "generate_answers", 1),
+    "in a sample of the tuned model": (session, "generate_answers", 4),
+    "in the last validation": (loop, "held_out_loss", 4),
+    "in a save": (session, "save_checkpoint", 1),
+}
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_at_any_moment_loses_nothing(
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    room, name, nth = MOMENTS[moment]
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(room, name, calling(number, nth, getattr(room, name)))
+        assert main(words(straight, out)) == code
+    shown = capsys.readouterr().err
+    (error,) = [line for line in shown.splitlines() if line.startswith("error: ")]
+    step = int(error.split("stopped at step ")[1].split()[0])
+    assert f"checkpoint-{step} is saved" in error
+    assert (out / f"checkpoint-{step}" / "manifest.json").exists()
+    assert not (out / "final").exists()
+    assert main([*words(straight, out), "--resume"]) == 0
+    assert_equal(straight, out)
+
+
+def test_stopped_twice_in_a_row_and_killed_in_between(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    for nth, resume in ((2, []), (2, ["--resume"])):
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "label_token_loss", calling(signal.SIGTERM, nth, loop.label_token_loss))
+            assert main([*words(straight, out), *resume]) == 143
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eulerforge", *words(straight, out), "--resume"], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 5/"):
+            break
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    assert main([*words(straight, out), "--resume"]) == 0
+    assert_equal(straight, out)
+    resumed = json.loads((out / "receipt.json").read_text())["resumed"]
+    assert [part["changed"] for part in resumed] == [[]] * len(resumed)
+    assert [part["step"] for part in resumed][:2] == [2, 4]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, real = tmp_path / "run", loop.label_token_loss
+
+    def twice(*args: Any, **options: Any) -> Any:
+        if len(tinyrun.metrics(out)) == 5:  # the base, steps 1 and 2, a validation, step 3
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "label_token_loss", twice)
+        assert main(words(straight, out)) == 130
+    assert "error: interrupted" in capsys.readouterr().err
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert main([*words(straight, out), "--resume"]) == 0
+    assert_equal(straight, out)
+
+
+@pytest.mark.parametrize("how", ["a reader that goes away", "closed from the start"])
+def test_nobody_listens_and_the_run_ends_well(straight: Path, tmp_path: Path, how: str) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "eulerforge", *words(straight, out)]
+    if how == "closed from the start":
+        code = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command]).returncode
+    else:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stderr.readline()
+        process.stderr.close()
+        process.stdout.close()
+        code = process.wait()
+    assert code == 0
+    assert_equal(straight, out)
+
+
+def test_two_runs_never_share_a_folder(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "eulerforge", *words(straight, out, training__max_train_steps=100_000)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not (out / "checkpoint-2" / "manifest.json").exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        for option in ("--resume", "--overwrite"):
+            assert main([*words(straight, out), option]) == 2
+            assert f"another run is writing to {out} (process {process.pid})" in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.wait()
+
+
+def cut(straight: Path, out: Path, step: int) -> Path:
+    """The run as it was after ``step``."""
+    shutil.copytree(straight, out)
+    for path in [out / "final", *(path for path in out.glob("checkpoint-*") if int(path.name[11:]) > step)]:
+        shutil.rmtree(path)
+    return out
+
+
+def test_an_allowed_change_goes_on_and_is_in_the_receipt(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = cut(straight, tmp_path / "run", 4)
+    changes = {"training__lr": 0.001, "seed": 7}
+    assert main([*words(straight, out, **changes), "--resume", "--allow-changed", "seed"]) == 2
+    shown = capsys.readouterr().err
+    assert "error: training.lr: was 0.02 when the run began and is 0.001 now" in shown
+    assert "--allow-changed training.lr" in shown
+    allowed = ["--resume", "--allow-changed", "seed", "--allow-changed", "training.lr"]
+    assert main([*words(straight, out, **changes), *allowed]) == 0
+    assert "warning: seed was 42 and is 7 now, as allowed" in capsys.readouterr().err
+    (part,) = json.loads((out / "receipt.json").read_text())["resumed"]
+    assert part["step"] == 4
+    assert {fact["key"]: (fact["was"], fact["now"]) for fact in part["changed"]} == {
+        "seed": (42, 7),
+        "training.lr": (0.02, 0.001),
+    }
+    assert (out / "final" / "adapter.safetensors").read_bytes() != (
+        straight / "final" / "adapter.safetensors"
+    ).read_bytes()
+
+
+def test_a_shape_that_does_not_fit_is_refused_even_when_allowed(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = cut(straight, tmp_path / "run", 4)
+    assert main([*words(straight, out, injection__lora_r=2), "--resume", "--allow-changed", "injection"]) == 2
+    assert "does not fit the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training__save_steps": 1, "training__log_steps": 3},
+        {"training__gradient_checkpointing": True},
+        {"checkpoint__keep_last": 1, "checkpoint__include_base": False},
+        {"evaluation__batch_size": 2},
+    ],
+    ids=str,
+)
+def test_what_may_change_silently_changes_no_bit(
+    straight: Path, tmp_path: Path, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = cut(straight, tmp_path / "run", 2)
+    assert main([*words(straight, out, **change), "--resume"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    for name in ("checkpoint-6/adapter.safetensors", "checkpoint-6/optimizer.safetensors", "final/adapter.safetensors"):
+        assert (straight / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_a_run_without_a_curve_is_made_longer(straight: Path, tmp_path: Path) -> None:
+    constant = {"training__scheduler": "constant"}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert main(words(straight, whole, **constant)) == 0
+    assert main(words(straight, out, **constant, training__max_train_steps=4)) == 0
+    shutil.rmtree(out / "final")
+    assert main([*words(straight, out, **constant), "--resume"]) == 0
+    name = "checkpoint-6/optimizer.safetensors"
+    assert (whole / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_another_torch_is_said_and_recorded(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = cut(straight, tmp_path / "run", 4)
+    receipt = json.loads((out / "receipt.json").read_text())
+    receipt["libraries"]["torch"] = "1.0"
+    (out / "receipt.json").write_text(json.dumps(receipt))
+    assert main([*words(straight, out), "--resume"]) == 0
+    assert 'warning: libraries.torch was "1.0" and is ' in capsys.readouterr().err
+    assert json.loads((out / "receipt.json").read_text())["resumed"][0]["soft"][0]["key"] == "libraries.torch"
+
+
+def test_a_damaged_final_is_written_again(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    (out / "final" / "adapter.safetensors").write_bytes(b"cut")
+    assert main([*words(straight, out), "--resume"]) == 0
+    assert "it will be written again" in capsys.readouterr().err
+    assert_equal(straight, out)
