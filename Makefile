@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help quickstart test lint types docs clean
+.PHONY: help quickstart test soak lint types docs clean
 
 help:
 	@echo "make quickstart   install, fine-tune a real small model, show what it learned"
@@ -31,6 +31,10 @@ quickstart: $(VENV)/.quickstart
 
 test: $(VENV)/.dev $(VENV)/.quickstart
 	$(BIN)/python -m pytest
+
+# kills a run in three ways at every operation on its folder; some 15 minutes on two cores
+soak: $(VENV)/.dev
+	EULERFORGE_SOAK=1 $(BIN)/python -m pytest tests/faults
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

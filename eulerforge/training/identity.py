@@ -38,12 +38,15 @@ def identity(run: Run, registry: Registry, weights: Mapping[str, Any], total_ste
     for name in (*FREE_TRAINING, "max_train_steps", "num_epochs"):
         training.pop(name, None)
     training["phases"] = [[phase.step, list(phase.groups)] for phase in run.phases.phases]
+    # as it came out, whatever was asked for: the cut decides the order of the sums
+    training["tokens_per_micro_batch"] = run.layout.token_budget
     precision = attrs.asdict(config.model.load_precision)
     if precision["mode"] == "auto":
         precision["mode"] = DTYPE_NAMES.get(run.dtype, str(run.dtype))
     flat: dict[str, Any] = {
         "data": run.datasets.train.sha256,
         "data.validation": validation.sha256 if validation is not None else None,
+        "data.packing": run.layout.packing,
         "model_name": weights["sha256"],
         "model.attn_implementation": config.model.attn_implementation,
         "device": run.device.type,

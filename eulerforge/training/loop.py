@@ -131,7 +131,8 @@ def train_loop(
         }
         if fault:
             state.skipped += 1
-            row |= {"skipped": fault, "rows": [rows.source(index) for index in suspects], "skips": state.skipped}
+            sources = [rows.source(index) for line in suspects for index in line]
+            row |= {"skipped": fault, "rows": sources, "skips": state.skipped}
             progress.say(f"warning: step {state.step} was left out: {fault}; the rows are {_named(suspects, run)}")
         else:
             progress.step(row)

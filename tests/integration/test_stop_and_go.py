@@ -220,7 +220,7 @@ def test_a_shape_that_does_not_fit_is_refused_even_when_allowed(
 ) -> None:
     out = cut(straight, tmp_path / "run", 4)
     assert main([*words(straight, out, injection__lora_r=2), "--resume", "--allow-changed", "injection"]) == 2
-    assert "does not fit the model" in capsys.readouterr().err
+    assert "has shape (4, 32), not (2, 32)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

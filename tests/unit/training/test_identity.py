@@ -90,6 +90,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "phases": ({"training__phases": [{"step": 0, "trainable": ["lora"]}]}, "training.phases"),
     "cut rows": ({"data__max_length": 32}, "data"),
     "held-out rows": ({"data__validation__size": 3}, "data.validation"),
+    "packing": ({"data__packing": "off"}, "data.packing"),
+    "token budget": ({"training__tokens_per_micro_batch": 128}, "training.tokens_per_micro_batch"),
     "template": ({"data__template": "none"}, "data"),
     "precision": ({"model__load_precision__mode": "bf16"}, "model.load_precision.mode"),
     "attention": ({"model__attn_implementation": "eager"}, "model.attn_implementation"),
