@@ -141,6 +141,7 @@ def _offer_json(registry: Registry, offer: Offer) -> dict[str, Any]:
             "model_types": list(spec.model_types),
             "partial_model_types": list(spec.partial_model_types),
             "roles": list(spec.roles),
+            "isolation": spec.isolation,
         }
     elif isinstance(spec, PhaseGroupSpec):
         shown["groups"] = list(spec.groups)
@@ -166,7 +167,7 @@ def _offer_lines(offer: dict[str, Any]) -> Iterator[str]:
     for field in ("aliases", "model_types", "partial_model_types", "roles", "groups"):
         if offer.get(field):
             yield f"  {_words(field)}: {', '.join(offer[field])}"
-    for field in ("target", "docs_url", "file", "keys_error"):
+    for field in ("isolation", "target", "docs_url", "file", "keys_error"):
         if offer.get(field):
             yield f"  {_words(field)}: {offer[field]}"
 

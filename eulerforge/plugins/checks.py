@@ -17,7 +17,7 @@ from typing import Any
 
 import attrs
 
-from eulerforge.api import API_VERSION, PresetSpec, StrategySpec
+from eulerforge.api import API_VERSION, BackboneSpec, PresetSpec, SequenceMixerFinder, StrategySpec
 from eulerforge.api.protocols import PROTOCOLS
 from eulerforge.errors import PluginError
 from eulerforge.plugins.describe import describe_keys
@@ -85,7 +85,7 @@ def _check_offer(registry: Registry, offer: Offer) -> Iterator[Check]:
     made: list[Any] = []
     yield _row(f"{label}: target", lambda: made.append(registry.create(offer.spec)))
     if made:
-        yield _row(f"{label}: protocol", lambda: _protocol(offer.kind, made[0]))
+        yield _row(f"{label}: protocol", lambda: _protocol(offer, made[0]))
     else:
         yield Check(f"{label}: protocol", "skipped", "the target does not import")
     if isinstance(spec, StrategySpec):
@@ -134,9 +134,14 @@ def _preset_file(spec: PresetSpec) -> str | None:
     return f"the package {spec.package} has no file {spec.file}"
 
 
-def _protocol(kind: str, made: Any) -> str | None:
+def _protocol(offer: Offer, made: Any) -> str | None:
     """What of the protocol is missing, or cannot be called as the core calls it."""
-    protocol = PROTOCOLS[kind]
+    if isinstance(offer.spec, BackboneSpec) and offer.spec.isolation == "gather":
+        return _shape(PROTOCOLS[offer.kind], made) or _shape(SequenceMixerFinder, made)
+    return _shape(PROTOCOLS[offer.kind], made)
+
+
+def _shape(protocol: type, made: Any) -> str | None:
     for name in getattr(protocol, "__annotations__", {}):
         if not hasattr(made, name):
             return f"{type(made).__name__} has no {name}"

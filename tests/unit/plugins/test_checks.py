@@ -64,6 +64,8 @@ def test_other_kinds(shop):
         @hookimpl
         def eulerforge_backbones():
             return [BackboneSpec(name="b", target="shop_target:Backbone", summary="s", model_types=("llama",)),
+                    BackboneSpec(name="gathers", target="shop_target:Backbone", summary="s", model_types=("llama",),
+                                 isolation="gather"),
                     BackboneSpec(name="none", target="shop_target:Strategy", summary="s", model_types=())]
         @hookimpl
         def eulerforge_phase_groups():
@@ -81,6 +83,7 @@ def test_other_kinds(shop):
         found["backbone b: protocol"] == found["phase group g: protocol"] == found["preset there: file"] == ("ok", "")
     )
     assert failures == {
+        "backbone gathers: protocol": "Backbone has no method find_sequence_mixers",
         "backbone none: fields": "model_types is empty",
         "backbone none: protocol": "Strategy has no default_keywords",
         "preset gone: file": "the package eulerforge has no file gone.toml",
