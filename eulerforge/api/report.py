@@ -113,11 +113,10 @@ class InjectionReport:
             f"adapted {len(self.sites)} modules in {len(self.layers)} of {self.depth} layers,"
             f" {self.parameter_count:,} parameters"
         ]
-        width = max((len(ranges(row["reached"])) for row in table.values()), default=0)
         for role, row in table.items():
-            where = f"{ranges(row['reached']) or '-':<{width}}"
             share = f"{row['layers']:>3} of {len(row['present'])} layers"
-            text.append(f"  {role:<20} {share:<16} {where}  {row['parameters']:>12,} parameters")
+            where = f"in {ranges(row['reached'])}" if row["reached"] else "not adapted"
+            text.append(f"  {role:<20} {share:<16} {row['parameters']:>14,} parameters  {where}")
         return text
 
     def to_json(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ from eulerforge.models.meta import meta_model
 from eulerforge.lora.apply import apply_injection
 from eulerforge.plugins import load_registry
 registry = load_registry()
-config = registry.strategy_config("dense_lora")(target_keywords=("q_proj", "k_proj", "v_proj", "o_proj"))
+config = registry.strategy_config("dense_lora")(target_keywords=("q_proj", "v_proj", "gate_proj", "down_proj"))
 run = RunConfig(model_name=sys.argv[1], injection=config)
 report = apply_injection(run, registry, meta_model(run)).report
 print(len(report.sites), time.process_time() - start)

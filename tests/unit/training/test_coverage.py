@@ -12,8 +12,7 @@ from tiny import save_tiny
 
 from eulerforge.api import InjectionReport
 from eulerforge.config import load_run_config
-from eulerforge.errors import ConfigError, EulerForgeError, ModelError, PluginError
-from eulerforge.lora import wrap
+from eulerforge.errors import ConfigError, EulerForgeError, PluginError
 from eulerforge.plugins import load_registry
 from eulerforge.training.assemble import assemble
 from eulerforge.training.coverage import rehearse
@@ -197,13 +196,14 @@ def test_the_rehearsal_and_the_run_report_the_same(tmp_path: Path) -> None:
         assert rehearse(config, REGISTRY) == run.report
 
 
-def test_a_mixture_is_adapted_whole_or_refused_by_name(tmp_path: Path) -> None:
-    """Either the strategy adapts the experts, or it says that it cannot: never a silent half."""
-    config = tutorial(config_folder(tmp_path, "mixtral-8x7b"))
-    if hasattr(wrap, "wrap_experts"):
-        report = rehearse(config, REGISTRY)
-        assert isinstance(report, InjectionReport)
-        assert report.coverage()["experts.gate_up"]["layers"] == 32
-    else:
-        with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts"):
-            rehearse(config, REGISTRY)
+def test_the_feed_forward_keywords_mean_the_experts_of_a_mixture(tmp_path: Path) -> None:
+    report = rehearse(tutorial(config_folder(tmp_path, "mixtral-8x7b")), REGISTRY)
+    assert isinstance(report, InjectionReport)
+    counts = {role: row["parameters"] for role, row in report.coverage().items() if row["parameters"]}
+    layers, experts, r, hidden, intermediate = 32, 8, 48, 4096, 14336
+    assert counts == {
+        "attn.q": layers * r * (hidden + hidden),
+        "attn.v": layers * r * (hidden + 1024),
+        "experts.gate_up": layers * experts * r * (hidden + 2 * intermediate),
+        "experts.down": layers * experts * r * (intermediate + hidden),
+    }
