@@ -2,7 +2,7 @@
 
 The exit codes are part of the command line's contract:
 0 done, 1 the run failed, 2 usage, preset or data is wrong, 3 a plugin is missing, broken, incompatible or in conflict,
-4 no suitable device, 130 / 143 stopped by SIGINT / SIGTERM with a checkpoint saved.
+4 no suitable device, 129 / 130 / 143 stopped by SIGHUP / SIGINT / SIGTERM with a checkpoint saved.
 """
 
 from __future__ import annotations
