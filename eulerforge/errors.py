@@ -11,6 +11,11 @@ from collections.abc import Sequence
 
 import attrs
 
+from eulerforge.terminal import one_line
+
+LONGEST_LINE = 2000
+"""Characters of a printed line; what quotes a preset or a row may be as long as the file."""
+
 
 @attrs.frozen(kw_only=True)
 class Problem:
@@ -28,10 +33,13 @@ class Problem:
         return {name: value for name, value in attrs.asdict(self).items() if value is not None}
 
     def lines(self, label: str = "error") -> list[str]:
-        """The problem as the command line prints it: ``error: source: key: message`` and ``hint: ...``."""
+        """The problem as the command line prints it: ``error: source: key: message`` and ``hint: ...``.
+
+        Each is one line without control characters, whatever the message quotes.
+        """
         where = ": ".join(part for part in (self.source, self.key) if part)
         first = f"{label}: {where}: {self.message}" if where else f"{label}: {self.message}"
-        return [first] + ([f"hint: {self.hint}"] if self.hint else [])
+        return [one_line(line, LONGEST_LINE) for line in [first, *([f"hint: {self.hint}"] if self.hint else [])]]
 
 
 class EulerForgeError(Exception):

@@ -83,4 +83,6 @@ class InjectionConfig:
                 hint="keep one of the two",
             )
         if len(set(self.layer_indices)) != len(self.layer_indices) or any(index < 0 for index in self.layer_indices):
-            yield Problem(key="layer_indices", message="layer_indices must be distinct and not negative")
+            yield Problem(
+                key="layer_indices", message="layer_indices must be distinct and not negative", hint="such as [0, 2, 4]"
+            )

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         EulerForgeError: the run cannot be opened, or holds no rows out.
     """
-    from eulerforge.cli.output import emit_json, say
+    from eulerforge.cli.output import emit_json, say, tell
     from eulerforge.cli.plugin_options import registry_from
 
     registry = registry_from(args)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit_json(report.to_json())
     else:
-        print("\n".join(lines(report)))
+        tell("\n".join(lines(report)))
     return 0
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the preview. Raises DataError for bad rows and ConfigError for a bad preset."""
-    from eulerforge.cli.output import colour_wanted, emit_json
+    from eulerforge.cli.output import colour_wanted, emit_json, tell
     from eulerforge.cli.plugin_options import registry_from
     from eulerforge.cli.train_config import load_from_args
     from eulerforge.data.prepared import build_dataset
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     colour = colour_wanted()
     for preview in previews:
-        print(f"--- {preview.source}: {preview.tokens:,} tokens, {preview.trained_tokens:,} trained")
+        tell(f"--- {preview.source}: {preview.tokens:,} tokens, {preview.trained_tokens:,} trained")
         if colour:
             print(preview.marked(TRAINED_START, TRAINED_END, MASKED_START, MASKED_END))
         else:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     print("---")
     print("trained text is green, masked text is dim" if colour else "trained text stands in double brackets")
     for line in datasets.report.lines():
-        print(line)
+        tell(line)
     return 0
 
 

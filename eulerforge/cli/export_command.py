@@ -49,7 +49,7 @@ def write(args: argparse.Namespace, *, format: str, output: Path | None) -> int:
         UsageError: the options don't fit the format, or the output cannot be written to.
         EulerForgeError: the run cannot be opened.
     """
-    from eulerforge.cli.output import emit_json, say, warn
+    from eulerforge.cli.output import emit_json, say, tell, warn
     from eulerforge.cli.plugin_options import registry_from
     from eulerforge.errors import UsageError
 
@@ -76,5 +76,5 @@ def write(args: argparse.Namespace, *, format: str, output: Path | None) -> int:
     else:
         what = "adapter tensors" if format == "peft" else "of the base's tensors replaced"
         size = f"{written.size / 2**20:,.1f} MiB"
-        print(f"{written.folder}: {opened.checkpoint.name}, {len(written.tensors):,} {what}, {size}")
+        tell(f"{written.folder}: {opened.checkpoint.name}, {len(written.tensors):,} {what}, {size}")
     return 0

@@ -125,7 +125,9 @@ def _print_problems(problems: Sequence[Problem], as_json: bool) -> None:
 def _traceback() -> None:
     import traceback
 
-    traceback.print_exc()
+    from eulerforge.cli.output import say
+
+    say(traceback.format_exc().rstrip())
 
 
 def entry() -> NoReturn:

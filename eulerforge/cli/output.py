@@ -9,24 +9,30 @@ from collections.abc import Sequence
 from typing import Any
 
 from eulerforge.errors import Problem
+from eulerforge.terminal import harmless, harmless_json, one_line
 
 SCHEMA = 1
 
 
 def emit_json(data: Any) -> None:
     """Success, for a machine: ``{"schema": 1, "ok": true, "data": ...}`` on stdout."""
-    print(json.dumps({"schema": SCHEMA, "ok": True, "data": data}, ensure_ascii=False, default=str))
+    print(harmless_json(json.dumps({"schema": SCHEMA, "ok": True, "data": data}, ensure_ascii=False, default=str)))
 
 
 def emit_json_problems(problems: Sequence[Problem]) -> None:
     """Failure, for a machine, in the same envelope."""
     body = {"schema": SCHEMA, "ok": False, "problems": [problem.to_json() for problem in problems]}
-    print(json.dumps(body, ensure_ascii=False))
+    print(harmless_json(json.dumps(body, ensure_ascii=False)))
 
 
 def say(text: str) -> None:
-    """A line for the person who watches, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person who watches, on stderr, without control characters."""
+    print(harmless(text), file=sys.stderr, flush=True)
+
+
+def tell(text: str, *, end: str = "\n") -> None:
+    """Data for a person, on stdout, without control characters."""
+    print(harmless(text), end=end)
 
 
 def warn(text: str | Problem) -> None:
@@ -43,6 +49,7 @@ def colour_wanted() -> bool:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout: drawn by rich on a terminal, plain aligned columns elsewhere."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     if colour_wanted():
         from rich import box
         from rich.console import Console

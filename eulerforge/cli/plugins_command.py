@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from eulerforge.api import BackboneSpec, PhaseGroupSpec, PresetSpec, StrategySpec
-from eulerforge.cli.output import emit_json, print_table, say
+from eulerforge.cli.output import emit_json, print_table, say, tell
 from eulerforge.cli.plugin_options import add_plugin_options, registry_from
 from eulerforge.errors import PluginError
 from eulerforge.plugins import Offer, PluginRecord, Registry
@@ -112,9 +112,9 @@ def _show(args: argparse.Namespace, registry: Registry) -> int:
         emit_json({"plugins": described})
         return 0
     for record, shown in zip(records, described, strict=True):
-        print("\n".join(_head(record)))
+        tell("\n".join(_head(record)))
         for offer in shown["offers"]:
-            print("\n" + "\n".join(_offer_lines(offer)))
+            tell("\n" + "\n".join(_offer_lines(offer)))
             if offer.get("keys"):
                 print_table(KEY_HEADERS, [_key_row(key) for key in offer["keys"]])
     return 0
@@ -190,6 +190,6 @@ def _check(args: argparse.Namespace, registry: Registry) -> int:
         emit_json({"passed": passed, "plugins": plugins})
     else:
         for record, rows in results:
-            print(f"{record.qualified_name} {record.version}")
+            tell(f"{record.qualified_name} {record.version}")
             print_table(CHECK_HEADERS, [(row.name, row.status, row.reason) for row in rows])
     return 0 if passed else PluginError.exit_code

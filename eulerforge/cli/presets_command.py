@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from eulerforge.cli.output import emit_json, print_table
+from eulerforge.cli.output import emit_json, print_table, tell
 from eulerforge.cli.plugin_options import add_plugin_options, registry_from
 
 
@@ -34,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit_json({"name": preset.name, "path": str(preset.path), "text": text})
     else:
-        print(text, end="")
+        tell(text, end="")
     return 0

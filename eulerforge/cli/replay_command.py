@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         EulerForgeError: the first difference, or why there was no replay.
     """
-    from eulerforge.cli.output import emit_json, say
+    from eulerforge.cli.output import emit_json, say, tell
     from eulerforge.cli.plugin_options import registry_from
     from eulerforge.training.replay import replay
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         emit_json(report.to_json())
         return 0
     against = f" and {report.tensors:,} tensors of {', '.join(report.folders)}" if report.folders else ""
-    print(f"steps {report.start + 1} to {report.end} match to the bit: {report.numbers:,} numbers{against}")
+    tell(f"steps {report.start + 1} to {report.end} match to the bit: {report.numbers:,} numbers{against}")
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eulerforge.cli.numbers import at_least
-from eulerforge.cli.output import emit_json, say, warn
+from eulerforge.cli.output import emit_json, say, tell, warn
 from eulerforge.cli.plugin_options import registry_from
 from eulerforge.cli.streams import unbreakable_output
 from eulerforge.cli.train_config import add_config_options, load_from_args, validate
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             emit_json({"preset": loaded.preset_name, "valid": True})
         else:
-            print(f"{loaded.preset_name}: the configuration is valid")
+            tell(f"{loaded.preset_name}: the configuration is valid")
         return 0
     return _preflight(args, loaded, registry) if args.preflight else _train(args, loaded, registry)
 
@@ -106,7 +106,7 @@ def _print_config(args: argparse.Namespace, loaded: LoadedConfig) -> int:
 
         emit_json({"config": as_tree(loaded.run), "provenance": dict(loaded.provenance)})
     else:
-        print(loaded.to_toml(), end="")
+        tell(loaded.to_toml(), end="")
     return 0
 
 
@@ -124,7 +124,7 @@ def _preflight(args: argparse.Namespace, loaded: LoadedConfig, registry: Registr
     if args.json:
         emit_json({**result, "trainable": names} if args.debug_trainable_names else result)
     else:
-        print("\n".join([*preflight_lines(result, made), *names]))
+        tell("\n".join([*preflight_lines(result, made), *names]))
     return 0
 
 
@@ -152,7 +152,7 @@ def _train(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -
         if args.json:
             emit_json(summary)
         else:
-            print("\n".join(summary_lines(summary)))
+            tell("\n".join(summary_lines(summary)))
     return 0
 
 

@@ -13,7 +13,7 @@ from eulerforge.cli.plugin_options import add_plugin_options
 from eulerforge.config import LoadedConfig, load_run_config
 from eulerforge.config.location import resolve_location
 from eulerforge.config.phase_checks import phase_problems
-from eulerforge.errors import ConfigError, Problem, UsageError
+from eulerforge.errors import ConfigError, PluginError, Problem, UsageError
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -64,7 +64,10 @@ def validate(loaded: LoadedConfig, registry: Registry) -> None:
     """
     run = loaded.run
     if run.backbone != "auto":
-        registry.backbone(run.backbone)
+        try:
+            registry.backbone(run.backbone)
+        except PluginError as error:
+            raise PluginError.of([_sourced(problem, loaded) for problem in error.problems]) from error
     offered = {group for spec in registry.phase_groups() for group in spec.groups}
     own = registry.strategy(run.strategy).groups
     errors, warnings = phase_problems(run.training, strategy=run.strategy, own=own, offered=offered)

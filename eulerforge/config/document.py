@@ -14,7 +14,8 @@ import attrs
 
 from eulerforge.errors import ConfigError
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 17
+# a hundred times what a long preset needs; PyYAML reads it in seconds
 MAX_DEPTH = 32
 
 
@@ -33,7 +34,8 @@ class Document:
             if (line := self.lines.get(".".join(parts))) is not None:
                 return f"{self.path}:{line}"
             parts.pop()
-        return str(self.path)
+        # a key that stands nowhere would stand at the top
+        return f"{self.path}:1" if self.lines else str(self.path)
 
 
 def read_document(path: Path) -> Document:
@@ -44,7 +46,9 @@ def read_document(path: Path) -> Document:
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"the preset is larger than {MAX_BYTES} bytes", source=str(path))
+            raise ConfigError(
+                f"the preset is larger than {MAX_BYTES} bytes", source=str(path), hint="rows belong into a data file"
+            )
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"the preset is not UTF-8 (byte {error.start})", source=str(path)) from None

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from eulerforge.terminal import harmless_json
+
 
 def toml_text(tree: Mapping[str, Any], provenance: Mapping[str, str] | None = None) -> str:
     """TOML of a tree of tables, lists and scalars."""
@@ -29,15 +31,19 @@ def _table(tree: Mapping[str, Any], prefix: str, provenance: Mapping[str, str] |
 
 
 def _key(name: str) -> str:
-    return name if name.replace("_", "a").replace("-", "a").isalnum() and name.isascii() else json.dumps(name)
+    return (
+        name
+        if name.replace("_", "a").replace("-", "a").isalnum() and name.isascii()
+        else harmless_json(json.dumps(name, ensure_ascii=False))
+    )
 
 
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        # JSON's escapes are TOML's, apart from DEL, which TOML wants escaped
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        # JSON's escapes are TOML's; DEL, which TOML wants escaped, is among those that harmless_json replaces
+        return harmless_json(json.dumps(value, ensure_ascii=False))
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{_key(name)} = {_value(entry)}" for name, entry in value.items()) + " }"
     if isinstance(value, list):

@@ -93,7 +93,10 @@ def _structure(
     injection = tree.get("injection", {})
     strategy = injection.get("strategy", DEFAULT_STRATEGY) if isinstance(injection, dict) else DEFAULT_STRATEGY
     if not isinstance(strategy, str):
-        return None, [Problem(message="the name of a strategy is wanted", key="injection.strategy")]
+        wanted = Problem(
+            message="the name of a strategy is wanted", key="injection.strategy", hint=f'such as "{DEFAULT_STRATEGY}"'
+        )
+        return None, [wanted]
     try:
         config_class = strategy_configs(strategy)
     except PluginError as error:

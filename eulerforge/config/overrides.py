@@ -35,7 +35,7 @@ def parse_value(text: str) -> Any:
             value = tomli.loads(f"v = {text}")["v"]
             if isinstance(value, (bool, int, float, str, list, dict)):
                 return value
-        except (tomli.TOMLDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # malformed, or an integer of too many digits
             pass
     try:
         return json.loads(text)

@@ -21,14 +21,27 @@ def phase_problems(
     """
     errors: list[Problem] = []
     warnings: list[Problem] = []
+    if training.max_train_steps is not None and training.warmup_steps >= training.max_train_steps:
+        warnings.append(
+            Problem(
+                key="training.warmup_steps",
+                message=f"the warm-up of {training.warmup_steps} steps fills the run, which ends at"
+                f" {training.max_train_steps}: training.lr is reached at its last step or never",
+                hint="a tenth of the steps is usual",
+            )
+        )
     last = -1
     for index, phase in enumerate(training.phases):
         key = f"training.phases.{index}"
         if index == 0 and phase.step != 0:
-            errors.append(Problem(key=f"{key}.step", message="the first phase must start at step 0"))
+            errors.append(Problem(key=f"{key}.step", message="the first phase must start at step 0", hint="step = 0"))
         elif phase.step <= last:
             errors.append(
-                Problem(key=f"{key}.step", message=f"the steps of phases must increase, {phase.step} does not")
+                Problem(
+                    key=f"{key}.step",
+                    message=f"the steps of phases must increase, {phase.step} does not",
+                    hint=f"write a step above {last}",
+                )
             )
         last = phase.step
         if training.max_train_steps is not None and phase.step >= training.max_train_steps:
@@ -38,7 +51,13 @@ def phase_problems(
                 )
             )
         if not phase.trainable:
-            errors.append(Problem(key=f"{key}.trainable", message="No trainable parameters: the phase names no group"))
+            errors.append(
+                Problem(
+                    key=f"{key}.trainable",
+                    message="No trainable parameters: the phase names no group",
+                    hint=f"known groups: {', '.join(sorted({*own, *offered}))}",
+                )
+            )
         for group in phase.trainable:
             if group not in own and group not in offered:
                 near = nearest(group, [*own, *offered])

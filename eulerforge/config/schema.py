@@ -13,6 +13,9 @@ import attrs
 from eulerforge.api.settings import InjectionConfig, setting
 from eulerforge.errors import Problem
 
+SEED_MAX = 2**63 - 1
+"""What torch, numpy and a TOML file all take."""
+
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int4")
 
 
@@ -47,7 +50,7 @@ class ValidationConfig:
     size: int | None = setting(None, ge=1, help="Number of rows held out from data.path")
     fraction: float | None = setting(None, gt=0, lt=1, help="Share of the rows held out from data.path")
     path: tuple[str, ...] = setting((), single=True, help="Files of their own with the held-out rows")
-    seed: int = setting(0, ge=0, help="Which rows are held out")
+    seed: int = setting(0, ge=0, le=SEED_MAX, help="Which rows are held out")
 
     def check(self) -> Iterable[Problem]:
         given = [name for name in ("size", "fraction", "path") if getattr(self, name)]
@@ -136,7 +139,7 @@ class TrainingConfig:
             yield Problem(key="betas", message="betas are two numbers from 0 to below 1", hint="[0.9, 0.999]")
         for name in ("lr", "weight_decay", "eps", "max_grad_norm"):
             if not math.isfinite(getattr(self, name)):
-                yield Problem(key=name, message="the number must be finite")
+                yield Problem(key=name, message="the number must be finite", hint="inf and nan are no settings")
 
 
 @attrs.frozen(kw_only=True)
@@ -167,7 +170,7 @@ class RunConfig:
     model_name: str = setting(help="Hub id, model folder, .gguf file or pkg://package/file")
     device: str = setting("auto", help="auto, cpu, cuda or cuda:N")
     backbone: str = setting("auto", help="Backbone adapter; auto picks by the model's model_type")
-    seed: int = setting(42, ge=0, help="Seed of the adapters, the data order and the dropout")
+    seed: int = setting(42, ge=0, le=SEED_MAX, help="Seed of the adapters, the data order and the dropout")
     output_dir: str | None = setting(None, help="Folder of the run; default: runs/<preset name>")
     strategy: str = setting("dense_lora", help="Injection strategy (written as injection.strategy)")
     injection: InjectionConfig = setting(factory=InjectionConfig, help="Keys of the strategy")

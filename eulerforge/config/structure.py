@@ -6,6 +6,7 @@ all problems are wanted at once, each with its dotted key.
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
@@ -39,9 +40,14 @@ def _describe(value: Any) -> str:
 def _strict(kind: type) -> Callable[[Any, type], Any]:
     def hook(value: Any, _: type) -> Any:
         if kind is float and type(value) is int:
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise _WrongType("the number is too large") from None
         if type(value) is not kind:
             raise _WrongType(f"{_KINDS[kind]} is wanted, not {_describe(value)}")
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise _WrongType("half of a surrogate pair is no text", "write the character itself")
         return value
 
     return hook
@@ -108,18 +114,21 @@ class Structurer:
     def structure(self, config_class: type, tree: Any, prefix: str = "") -> Any:
         """An instance of ``config_class``, or None when something below it is wrong."""
         if not isinstance(tree, dict):
-            self._add(prefix.rstrip("."), f"a table is wanted, not {_describe(tree)}")
+            names = ", ".join(attribute.name for attribute in attrs.fields(config_class))
+            self._add(prefix.rstrip("."), f"a table is wanted, not {_describe(tree)}", f"its keys are {names}")
             return None
         fields = {attribute.name: attribute for attribute in attrs.fields(attrs.resolve_types(config_class))}
         before = len(self.problems)
-        for name in tree:
-            if name not in fields:
-                self._unknown(prefix + name, name, fields)
+        unknown = [name for name in tree if name not in fields]
+        for name in unknown:
+            self._unknown(prefix + name, name, fields)
+        # a misspelt key is said once, not also as the absent one that it means
+        meant = {nearest(name, fields) for name in unknown}
         values: dict[str, Any] = {}
         for name, attribute in fields.items():
             if name in tree:
                 values[name] = self._value(attribute, tree[name], prefix + name)
-            elif attribute.default is attrs.NOTHING:
+            elif attribute.default is attrs.NOTHING and name not in meant:
                 self._add(prefix + name, "the key is required", f"--set {prefix}{name}=...")
         if len(self.problems) > before:
             return None
@@ -138,7 +147,8 @@ class Structurer:
         item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
         if item is not None and attrs.has(item):
             if not isinstance(value, list):
-                self._add(key, f"a list of tables is wanted, not {_describe(value)}")
+                wanted = ", ".join(entry.name for entry in attrs.fields(item))
+                self._add(key, f"a list of tables is wanted, not {_describe(value)}", f"each has the keys {wanted}")
                 return None
             return tuple(self.structure(item, entry, f"{key}.{index}.") for index, entry in enumerate(value))
         if setting_info(attribute).single and not isinstance(value, list):
@@ -146,7 +156,7 @@ class Structurer:
         try:
             result = self._leaf(kind, value)
         except _WrongType as error:
-            self._add(key, str(error), error.hint)
+            self._add(key, str(error), error.hint or _meaning(attribute))
             return None
         self._bounds(attribute, result, key)
         return result
@@ -170,7 +180,7 @@ class Structurer:
             hint = f"did you mean {near}? allowed: {allowed}" if near else f"allowed: {allowed}"
             self._add(key, f"{value!r} is not allowed", hint)
         if isinstance(value, float) and not math.isfinite(value):
-            self._add(key, f"the number must be finite, not {value}")
+            self._add(key, f"the number must be finite, not {value}", _meaning(attribute))
             return
         for name, sign, holds in (
             ("ge", ">=", lambda bound: value >= bound),
@@ -194,6 +204,14 @@ class Structurer:
 
     def _add(self, key: str, message: str, hint: str | None = None) -> None:
         self.problems.append(Problem(message=message, hint=hint, key=key or None))
+
+
+def _meaning(attribute: attrs.Attribute[Any]) -> str:
+    """What a key is for and what it is when nobody says anything: the hint where nothing nearer is known."""
+    text = setting_info(attribute).help or "the key's type is fixed"
+    default = attribute.default
+    plain = isinstance(default, (bool, int, float, str)) or (isinstance(default, tuple) and default)
+    return f"{text} (default: {json.dumps(default)})" if plain else text
 
 
 def as_tree(instance: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from eulerforge.errors import ConfigError, Problem
 _EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 _INTEGER = re.compile(r"[-+]?(0|[1-9]\d*)")
 _FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_DIGITS = 4300  # Python reads no longer integers: the time grows with the square of their length
+MAX_EVENTS = 20_000
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -47,10 +49,16 @@ def read_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _bound(text: str, path: Path) -> None:
-    """Refuse aliases and deep nesting before anything is built."""
+    """Refuse aliases, deep nesting and huge numbers of values before anything is built."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         line = event.start_mark.line + 1 if event.start_mark else 0
+        if number > MAX_EVENTS:
+            raise ConfigError(
+                f"the preset holds more than {MAX_EVENTS:,} keys and values",
+                source=f"{path}:{line}",
+                hint="rows belong into a data file",
+            )
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(
                 f"the alias *{event.anchor} is refused: presets have no aliases",
@@ -60,7 +68,9 @@ def _bound(text: str, path: Path) -> None:
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             depth += 1
             if depth > MAX_DEPTH:
-                raise ConfigError("the preset is nested too deeply", source=f"{path}:{line}")
+                raise ConfigError(
+                    "the preset is nested too deeply", source=f"{path}:{line}", hint=f"{MAX_DEPTH} levels at most"
+                )
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
             depth -= 1
 
@@ -108,6 +118,9 @@ class _Builder:
             return None
         if tag == "bool" and text.lower() in ("true", "false"):
             return text.lower() == "true"
+        if tag == "int" and len(text) > _DIGITS:
+            self._refuse(node, key, f"a number of more than {_DIGITS:,} digits", "no setting needs one")
+            return None
         if tag == "int" and _INTEGER.fullmatch(text):
             return int(text)
         if tag in ("float", "str") and (_FLOAT.fullmatch(text) or _EXPONENT.fullmatch(text)):

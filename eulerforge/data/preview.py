@@ -6,7 +6,6 @@ is what is learned.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from eulerforge.data.tokenized import TokenizedRows
+from eulerforge.terminal import harmless
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @attrs.frozen(kw_only=True)
@@ -50,11 +48,6 @@ class RowPreview:
     def to_json(self) -> dict[str, Any]:
         plain = attrs.asdict(self)
         return {**plain, "runs": [attrs.asdict(run) for run in self.runs]}
-
-
-def harmless(text: str) -> str:
-    """Text with its control characters spelled out: a row must not be able to steer the terminal."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def preview_rows(rows: TokenizedRows, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[RowPreview]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from eulerforge.terminal import harmless
 from eulerforge.training.evaluate import Evaluation
 
 AVERAGED_STEPS = 20
@@ -24,7 +25,7 @@ class Progress:
         self._edges: deque[float] = deque(maxlen=AVERAGED_STEPS + 1)
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(harmless(text), file=sys.stderr, flush=True)
 
     def step(self, row: dict[str, Any]) -> None:
         """Take note of a finished step, a row of metrics.jsonl."""
@@ -83,7 +84,7 @@ class BarProgress(Progress):
         self._task = self._bar.add_task("training", total=total_steps, loss="-", speed="-", left="-")
 
     def say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(harmless(text), markup=False, highlight=False)
 
     def _draw(self, row: dict[str, Any], left: str) -> None:
         loss, speed = f"{row['loss']:.4f}", f"{row['tokens_per_s']:,.0f}"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
-from eulerforge.data.preview import harmless
 from eulerforge.data.questions import question_of
 from eulerforge.data.render import render_prompt
 from eulerforge.data.tokenized import TokenizedRows
+from eulerforge.terminal import harmless
 
 if TYPE_CHECKING:
     from eulerforge.config.schema import DataConfig

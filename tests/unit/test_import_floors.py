@@ -16,14 +16,15 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "eulerforge"
 PLUGINS = ROOT / "plugins"
 
-F0 = {"errors", "api"}
+F0 = {"terminal", "errors", "api"}
 F1 = F0 | {"config"}
 F2 = F1 | {"plugins"}
 F3 = F2 | {"models", "data", "lora"}
 F4 = F3 | {"training", "export", "evaluation"}
 ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
-    "api": {"errors"},
+    "terminal": set(),
+    "errors": {"terminal"},
+    "api": {"errors", "terminal"},
     "config": F0,
     "plugins": F1,
     "models": F2,
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 PLUGINS_MAY_USE = {"api", "errors", "lora", "models"}
-LIGHT = ("errors", "api", "config", "plugins", "cli")
+LIGHT = ("terminal", "errors", "api", "config", "plugins", "cli")
 HEAVY = {"torch", "transformers", "numpy", "bitsandbytes", "rich", "tokenizers"}
 NO_ROOM_IS_CALLED = {"utils", "util", "common", "helpers", "helper", "misc"}
 LINES = 400

@@ -70,7 +70,7 @@ def test_the_resolved_config_reads_back_as_the_same_run(load: Any) -> None:
 def test_all_problems_are_reported_at_once_with_their_lines(load: Any, tmp_path: Path) -> None:
     text = 'model_nme = "m"\nlr = 3\n[training]\nbatch_size = 4.7\n[data]\nformat = "rw"\n'
     found = {problem.key: problem for problem in problems(load, text, "training.lr=true")}
-    assert set(found) == {"model_nme", "model_name", "lr", "training.batch_size", "data.format", "training.lr"}
+    assert set(found) == {"model_nme", "lr", "training.batch_size", "data.format", "training.lr"}
     assert found["model_nme"].source == f"{tmp_path}/preset.toml:1"
     assert found["lr"].hint == "did you mean training.lr?"
     assert found["training.batch_size"].source == f"{tmp_path}/preset.toml:4"
