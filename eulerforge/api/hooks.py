@@ -50,7 +50,7 @@ def eulerforge_presets() -> Iterable[PresetSpec]:
 
 @hookspec(firstresult=True)
 def eulerforge_linear_ops(module: torch.nn.Module) -> LinearOps | None:
-    """How to read, dequantize and write back the weight of ``module``; None when this plugin does not know it."""
+    """How to read the weight of ``module`` and to merge into it; None when this plugin does not know it."""
     raise NotImplementedError
 
 

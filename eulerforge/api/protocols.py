@@ -57,14 +57,18 @@ class SequenceMixerFinder(Protocol):
 
 @runtime_checkable
 class LinearOps(Protocol):
-    """How to read and write the weight of one kind of linear module (plain, 4-bit, 8-bit, third-party)."""
+    """How to read the weight of one kind of linear module (plain, 4-bit, 8-bit, third-party) and to merge into it."""
 
     def dequantize(self, module: nn.Module) -> torch.Tensor:
         """The weight as fp32, shape (out_features, in_features)."""
         ...
 
-    def write(self, module: nn.Module, weight: torch.Tensor) -> None:
-        """Put an fp32 weight of shape (out_features, in_features) back, in the module's own format."""
+    def plain(self, module: nn.Module, weight: torch.Tensor) -> nn.Module:
+        """A plain linear module with this fp32 weight of shape (out_features, in_features) and the module's bias.
+
+        It may be ``module`` itself, written to in place, when its format holds floating-point weights; a quantized
+        weight is never quantized again, because the rounding would swallow most of what training added.
+        """
         ...
 
 

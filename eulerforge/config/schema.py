@@ -29,7 +29,12 @@ class LoadPrecision:
     quant_type: str = setting("nf4", choices=("nf4", "fp4"), help="4-bit format of int4")
     double_quant: bool = setting(True, help="Quantize the quantization constants of int4 too")
     compute_dtype: str = setting(
-        "auto", choices=("auto", "fp32", "fp16", "bf16"), help="Precision of the products of a quantized base"
+        "auto",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        help="Precision of the products of a quantized base, and of all that is not quantized",
+    )
+    allow_unquantized_experts: bool = setting(
+        False, help="Load a mixture as int4 or int8 although its fused experts, most of its weights, stay unquantized"
     )
 
 

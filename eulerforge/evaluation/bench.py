@@ -22,6 +22,7 @@ from eulerforge.export.rundir import OpenBase, attach, locate, open_base
 from eulerforge.lora.merge import merge_in_place
 from eulerforge.models.device import DTYPE_NAMES
 from eulerforge.models.linear_ops import linear_ops_from
+from eulerforge.models.quantized import QUANTIZED_MODES, describe
 from eulerforge.models.samples import Answer, generate_answers
 from eulerforge.training.evaluate import Evaluation, held_out_loss
 from eulerforge.training.prompts import Sample, SamplePrompt, sample_prompts
@@ -111,6 +112,11 @@ def run_bench(request: BenchRequest, *, registry: Registry, say: Say) -> BenchRe
         say(f"warning: {warning}")
     if not request.live:
         merge_in_place(run.model, linear_ops_from(registry))
+    notes = location.notes
+    if base.run.model.load_precision.mode in QUANTIZED_MODES:
+        into = "beside" if request.live else "merged into"
+        notes += (f"the adapters are {into} the dequantized {describe(base.run.model.load_precision)} base",)
+        say(f"note: {notes[-1]}")
     say(f"measuring {location.checkpoint.name}, {'adapters on' if request.live else 'merged'}")
     after, tuned_answers = _measure(run, rows, prompts, limit)
     return BenchReport(
@@ -128,7 +134,7 @@ def run_bench(request: BenchRequest, *, registry: Registry, say: Say) -> BenchRe
             Sample(prompt=prompt.text, base=old.text, tuned=new.text, reference=prompt.reference)
             for prompt, old, new in zip(prompts, base_answers, tuned_answers, strict=True)
         ),
-        notes=location.notes,
+        notes=notes,
     )
 
 

@@ -245,7 +245,12 @@ def _refuse_quantized(folder: Path) -> None:
 
 
 def _receipt(run: TrainedRun, dtype: str | None, tensors: list[str]) -> dict[str, Any]:
-    return {**origin(run, "merged"), "dtype": dtype or "as the base", "tensors_replaced": tensors}
+    return {
+        **origin(run, "merged"),
+        "merged_into": "original base files",
+        "dtype": dtype or "as the base",
+        "tensors_replaced": tensors,
+    }
 
 
 def origin(run: TrainedRun, format: str) -> dict[str, Any]:
@@ -257,5 +262,10 @@ def origin(run: TrainedRun, format: str) -> dict[str, Any]:
         "run": run.folder.name,
         "checkpoint": run.checkpoint.name,
         "step": run.step,
-        "base": {"model_name": run.source.name, "kind": run.source.kind, **run.weights},
+        "base": {
+            "model_name": run.source.name,
+            "kind": run.source.kind,
+            "trained_as": run.run.model.load_precision.mode,
+            **run.weights,
+        },
     }

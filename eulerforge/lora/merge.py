@@ -39,12 +39,14 @@ def merge_in_place(model: nn.Module, linear_ops: Callable[[nn.Module], LinearOps
     """Merge every adapter and put the plain module back; give back how many were merged.
 
     Afterwards the model holds no wrapper: it is the plain model that transformers made, with other weights.
+    A quantized layer becomes a plain one in the compute dtype: its dequantized weight plus the delta, cast once.
     """
     found = list(adapted_modules(model))
     for path, module in found:
+        merged = module.base_layer
         if isinstance(module, AdaptedLinear):
-            linear_ops(module.base_layer).write(module.base_layer, merged_weight(module, linear_ops))
+            merged = linear_ops(merged).plain(merged, merged_weight(module, linear_ops))
         else:
             merge_parameters(module)
-        replace_module(model, path, module.base_layer)
+        replace_module(model, path, merged)
     return len(found)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from eulerforge.config.schema import LoadPrecision
 from eulerforge.errors import DeviceError, UsageError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,15 +38,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(mode: str, device: torch.device) -> torch.dtype:
-    """The base's dtype; ``auto`` is bf16 where the device multiplies it in hardware, else fp32.
-
-    The quantized modes keep what they don't quantize in the ``auto`` dtype.
-    """
+    """The dtype of a name; ``auto`` is bf16 where the device multiplies it in hardware, else fp32."""
     if mode in DTYPES:
         return DTYPES[mode]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if _cpu_has_bf16_products() else torch.float32
+
+
+def base_dtype(precision: LoadPrecision, device: torch.device) -> torch.dtype:
+    """The dtype of a base's activations; that of its weights too, but for those that int4 and int8 quantize."""
+    return pick_dtype(precision.compute_dtype if precision.mode in ("int8", "int4") else precision.mode, device)
 
 
 def _cpu_has_bf16_products() -> bool:

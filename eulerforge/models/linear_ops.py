@@ -1,4 +1,7 @@
-"""Reading and writing a plain linear weight; quantized formats come through the ``eulerforge_linear_ops`` hook."""
+"""Reading a linear layer's weight, and the plain layer that a merge puts in its place.
+
+Plain and bitsandbytes layers are known here; other formats come through the ``eulerforge_linear_ops`` hook.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import nn
 
 from eulerforge.api import LinearOps
 from eulerforge.errors import ModelError
+from eulerforge.models.quantized import quantized_ops
 
 
 class PlainLinearOps:
@@ -19,22 +23,25 @@ class PlainLinearOps:
         return module.weight.detach().float()  # type: ignore[operator,union-attr]
 
     @torch.no_grad()
-    def write(self, module: nn.Module, weight: torch.Tensor) -> None:
+    def plain(self, module: nn.Module, weight: torch.Tensor) -> nn.Module:
         module.weight.copy_(weight)  # type: ignore[operator,union-attr]
+        return module
 
 
 PLAIN = PlainLinearOps()
 
 
 def linear_ops_from(registry: Any) -> Callable[[nn.Module], LinearOps]:
-    """A function from module to its operations: a plugin's answer first, then the plain one.
+    """A function from module to its operations: a plugin's answer first, then bitsandbytes', then the plain one.
 
     Raises (from the function):
-        ModelError: no plugin knows the module and it is not a plain linear one.
+        ModelError: no plugin knows the module and it is neither a plain nor a bitsandbytes layer.
     """
 
     def find(module: nn.Module) -> LinearOps:
         ops: LinearOps | None = registry.linear_ops(module)
+        if ops is None:
+            ops = quantized_ops(module)
         if ops is not None:
             return ops
         if isinstance(module, nn.Linear) and module.weight.is_floating_point():

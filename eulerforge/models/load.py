@@ -15,15 +15,17 @@ import torch
 
 from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError
-from eulerforge.models.device import pick_dtype
+from eulerforge.models.device import base_dtype
+from eulerforge.models.quantized import QUANTIZED_MODES, import_bitsandbytes, plan_from_config, replace_layers
 from eulerforge.models.source import BaseSource, resolve_source
-
-QUANTIZED_MODES = ("int8", "int4")
 
 
 @attrs.frozen(kw_only=True)
 class LoadedModel:
-    """A base model in eval mode with ``use_cache`` off, its tokenizer, and where both came from."""
+    """A base model in eval mode with ``use_cache`` off, its tokenizer, and where both came from.
+
+    ``dtype`` is that of the activations and of every weight that is not quantized.
+    """
 
     model: Any
     tokenizer: Any
@@ -55,23 +57,25 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], None] | None = None) -> LoadedModel:
-    """Load the base of a run onto ``device``.
+    """Load the base of a run onto ``device``; a quantized base passes through the CPU's memory in its compute dtype.
 
     Raises:
-        ModelError: the model is not there, is damaged, or lacks weights.
+        ModelError: the model is not there, is damaged, or lacks weights; it cannot be quantized as asked for.
     """
-    mode = run.model.load_precision.mode
-    if mode in QUANTIZED_MODES:
-        raise ModelError(
-            f"load_precision.mode = {mode}: quantized bases are not part of this release",
-            key="model.load_precision.mode",
-            hint="use bf16, fp16 or fp32",
-        )
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     source = resolve_source(run.model_name, revision=run.model.revision, say=say)
-    dtype = pick_dtype(mode, device)
+    precision = run.model.load_precision
+    dtype = base_dtype(precision, device)
+    plan = None
+    if precision.mode in QUANTIZED_MODES:
+        import_bitsandbytes()
+        plan = plan_from_config(source.folder, precision, dtype, remote_code=run.model.trust_remote_code)
+        plan.refuse(source.name)
+        if say is not None:
+            for line in plan.lines():
+                say(line)
     attention = None if run.model.attn_implementation == "auto" else run.model.attn_implementation
     hf_logging.disable_progress_bar()
     try:
@@ -91,6 +95,8 @@ def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], Non
         ) from error
     _refuse_incomplete(source, info)
     model.config.use_cache = False
+    if plan is not None:
+        replace_layers(model, plan, device)
     return LoadedModel(
         model=model.to(device).eval(),
         tokenizer=_tokenizer(source.folder, run.model.trust_remote_code),

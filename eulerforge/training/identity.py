@@ -18,6 +18,7 @@ import attrs
 
 from eulerforge.errors import CheckpointError, Problem, UsageError
 from eulerforge.models.device import DTYPE_NAMES
+from eulerforge.models.quantized import QUANTIZED_MODES
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -43,6 +44,10 @@ def identity(run: Run, registry: Registry, weights: Mapping[str, Any], total_ste
     precision = attrs.asdict(config.model.load_precision)
     if precision["mode"] == "auto":
         precision["mode"] = DTYPE_NAMES.get(run.dtype, str(run.dtype))
+    if precision["compute_dtype"] == "auto" and precision["mode"] in QUANTIZED_MODES:
+        precision["compute_dtype"] = DTYPE_NAMES.get(run.dtype, str(run.dtype))
+    # a permission changes no number
+    del precision["allow_unquantized_experts"]
     flat: dict[str, Any] = {
         "data": run.datasets.train.sha256,
         "data.validation": validation.sha256 if validation is not None else None,

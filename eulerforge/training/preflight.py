@@ -11,6 +11,7 @@ import torch
 
 from eulerforge.data.batches import Batch, BatchPlan
 from eulerforge.errors import RunError
+from eulerforge.models.quantized import parameter_count
 from eulerforge.training.assemble import Run
 from eulerforge.training.forward import label_token_loss
 from eulerforge.training.memory import KeptForBackward, fixed_bytes, gib
@@ -48,7 +49,7 @@ def preflight(run: Run) -> dict[str, Any]:
         "strategy": run.config.strategy,
         "device": str(run.device),
         "dtype": str(run.dtype).removeprefix("torch."),
-        "parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "parameters": sum(parameter_count(parameter) for parameter in parameters.values()),
         "groups": groups,
         "phases": [{"step": phase.step, "groups": list(phase.groups)} for phase in run.phases.phases],
         "injection": run.report.to_json(),

@@ -137,11 +137,6 @@ def test_a_name_that_is_no_model_says_what_a_name_may_be(name: str) -> None:
         resolve_source(name)
 
 
-def test_quantized_modes_are_refused_honestly(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="not part of this release"):
-        load_model(run_config(tmp_path, "int4"), device=torch.device("cpu"))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there, so asking for it is no error")
 def test_cuda_without_a_device_is_exit_4_with_the_way_out() -> None:
     with pytest.raises(DeviceError, match="no CUDA device") as caught:

@@ -1,0 +1,292 @@
+"""Quantized bases: what of a model is quantized, said before loading; the layers replaced; their weights read again.
+
+Linear layers of the decoder become bitsandbytes layers one by one after the checkpoint is in memory.
+Embeddings, the output head, norms, routers and a vision tower keep the compute dtype: nothing is cast up.
+bitsandbytes is imported only when a run asks for a quantized base.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from eulerforge.config.schema import LoadPrecision
+from eulerforge.errors import ModelError
+from eulerforge.models.device import DTYPE_NAMES
+
+QUANTIZED_MODES = ("int8", "int4")
+BLOCK = 64  # weights that share one scale in 4 bits; a row holds whole blocks
+OUT_MULTIPLE = 32  # what bitsandbytes' kernels ask of out_features
+KEY = "model.load_precision"
+
+
+@attrs.frozen(kw_only=True)
+class QuantizationPlan:
+    """What becomes of a model's parameters: paths of the layers to quantize, and all that stays in ``dtype``.
+
+    ``unfit`` holds the layers whose shape does not fit, as last path component and (out, in), with their number.
+    ``experts`` are the paths of fused expert tensors, which no linear layer holds.
+    Bytes are those of the compute dtype, ``quantized_bytes`` after quantization.
+    """
+
+    precision: LoadPrecision
+    dtype: torch.dtype
+    layers: tuple[str, ...]
+    unfit: dict[tuple[str, int, int], int]
+    experts: tuple[str, ...]
+    layer_bytes: int
+    quantized_bytes: int
+    expert_bytes: int
+    other_bytes: int
+
+    def lines(self) -> list[str]:
+        """What is announced before a byte of the weights is read."""
+        kept = DTYPE_NAMES[self.dtype]
+        lines = [
+            f"{describe(self.precision)}: {len(self.layers)} linear layers, {_gib(self.layer_bytes)} in {kept} become"
+            f" {_gib(self.quantized_bytes)}; {_gib(self.other_bytes)} (embeddings, output head, norms) stay {kept}"
+        ]
+        if self.unfit:
+            names = ", ".join(f"{name} ({count} of {out} x {into})" for (name, out, into), count in self.unfit.items())
+            lines.append(
+                f"not quantized, because out_features is no multiple of {OUT_MULTIPLE} or in_features none of {BLOCK}:"
+                f" {names}"
+            )
+        if self.experts:
+            lines.append(f"not quantized: {self._experts_line()}")
+        return lines
+
+    def refuse(self, name: str) -> None:
+        """Refuse a model that the mode cannot make smaller as its user expects.
+
+        Raises:
+            ModelError: fused experts would stay as they are and nobody allowed it, or nothing can be quantized.
+        """
+        mode = self.precision.mode
+        if self.experts and not self.precision.allow_unquantized_experts:
+            raise ModelError(
+                f"{mode} does not reach the experts of {name}: {self._experts_line()}",
+                key=f"{KEY}.mode",
+                hint=f"--set {KEY}.allow_unquantized_experts=true loads them so all the same; the whole model then"
+                f" takes {_gib(self.expert_bytes + self.quantized_bytes + self.other_bytes)}",
+            )
+        if not self.layers:
+            raise ModelError(
+                f"{name} has no linear layer that {mode} fits",
+                key=f"{KEY}.mode",
+                hint=f"out_features must be a multiple of {OUT_MULTIPLE}, in_features of {BLOCK}; use mode = bf16",
+            )
+
+    def _experts_line(self) -> str:
+        return (
+            f"{len(self.experts)} fused expert tensors, {self.experts[0]} first, stay {DTYPE_NAMES[self.dtype]} and"
+            f" take {_gib(self.expert_bytes)}"
+        )
+
+
+def plan_from_config(
+    folder: Path, precision: LoadPrecision, dtype: torch.dtype, *, remote_code: bool
+) -> QuantizationPlan:
+    """The plan of a model folder, from its config.json alone: the model is built on the meta device.
+
+    Raises:
+        ModelError: transformers knows no model for the config, or it has no decoder.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{folder.name} cannot be loaded: {first}", key="model_name") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{folder.name} is stored quantized already",
+            key=f"{KEY}.mode",
+            hint="give the model in bf16, fp16 or fp32, which is quantized while it loads",
+        )
+    return plan_of(model, precision, dtype)
+
+
+def plan_of(model: Any, precision: LoadPrecision, dtype: torch.dtype) -> QuantizationPlan:
+    """The plan of a model, on whatever device it is.
+
+    Raises:
+        ModelError: the model has no decoder with layers.
+    """
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder_layers = getattr(get_decoder(), "layers", None) if callable(get_decoder) else None
+    prefix = next((name for name, module in model.named_modules() if module is decoder_layers), None)
+    if decoder_layers is None or prefix is None:
+        raise ModelError(f"{type(model).__name__} has no decoder layers, so nothing of it can be quantized")
+    layers, experts, numbers, scales = [], [], 0, 0.0
+    unfit: Counter[tuple[str, int, int]] = Counter()
+    for path, module in decoder_layers.named_modules(prefix=prefix):
+        if type(module) is nn.Linear:
+            out, into = module.out_features, module.in_features
+            if out % OUT_MULTIPLE or into % BLOCK:
+                unfit[path.rpartition(".")[2], out, into] += 1
+                continue
+            layers.append(path)
+            numbers += out * into
+            scales += _scale_bytes(out, into, precision)
+        elif not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            # the weights of all experts of a layer are one tensor (experts, out, in)
+            experts += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
+    parameters = dict(model.named_parameters())
+    size = dtype.itemsize
+    expert_numbers = sum(parameters[path].numel() for path in experts)
+    return QuantizationPlan(
+        precision=precision,
+        dtype=dtype,
+        layers=tuple(layers),
+        unfit=dict(unfit),
+        experts=tuple(experts),
+        layer_bytes=numbers * size,
+        quantized_bytes=int(numbers * (0.5 if precision.mode == "int4" else 1) + scales),
+        expert_bytes=expert_numbers * size,
+        other_bytes=(sum(p.numel() for p in parameters.values()) - numbers - expert_numbers) * size,
+    )
+
+
+def _scale_bytes(out: int, into: int, precision: LoadPrecision) -> float:
+    if precision.mode == "int8":
+        return 4 * out
+    blocks = out * into / BLOCK
+    return blocks * (1 + 4 / 256) if precision.double_quant else 4 * blocks
+
+
+def describe(precision: LoadPrecision) -> str:
+    """The mode with all that decides its numbers: ``int4 (nf4, double quantization)``."""
+    if precision.mode == "int8":
+        return "int8"
+    return f"int4 ({precision.quant_type}{', double quantization' if precision.double_quant else ''})"
+
+
+def import_bitsandbytes() -> Any:
+    """bitsandbytes, for a run that asks for it.
+
+    Raises:
+        ModelError: it is not installed, or does not work here.
+    """
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    # on import it warns of a missing kernel for a CPU path that we switch off (see replace_layers)
+    log.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ModelError(
+            f"quantized bases need bitsandbytes: {(str(error) or 'it cannot be imported').splitlines()[0]}",
+            key=f"{KEY}.mode",
+            hint="pip install 'eulerforge-core[qlora]', or use mode = bf16",
+        ) from error
+    finally:
+        log.setLevel(level)
+
+
+@torch.no_grad()
+def replace_layers(model: nn.Module, plan: QuantizationPlan, device: torch.device) -> None:
+    """Quantize the plan's layers in place, each onto ``device``; the plain weight is freed before the next."""
+    bnb = import_bitsandbytes()
+    for path in plan.layers:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)  # noqa: S101 - the plan was made from the same config
+        made = _int8(linear, plan, device) if plan.precision.mode == "int8" else _int4(bnb, linear, plan, device)
+        model.set_submodule(path, made)
+
+
+def _int4(bnb: Any, linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn.Module:
+    settings = {"compress_statistics": plan.precision.double_quant, "quant_type": plan.precision.quant_type}
+    with torch.device("meta"):
+        made = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=plan.dtype,
+            **settings,
+        )
+    weight = linear.weight.detach()
+    made.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=made, **settings).to(device)
+    made.bias = linear.bias
+    # with this flag one forward in eval mode repacks the weight in place for AVX512-BF16; gradients, state dict and
+    # dequantized weight are wrong from then on, and nothing says so
+    made.support_avx512bf16_for_cpu = False
+    return made.train(linear.training)  # type: ignore[no-any-return]
+
+
+def _int8(linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn.Module:
+    from eulerforge.models.int8_linear import Int8Linear
+
+    return Int8Linear.of(linear, device=device, compute_dtype=plan.dtype)
+
+
+class Int4Ops:
+    """bitsandbytes' ``Linear4bit``."""
+
+    def dequantize(self, module: Any) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: torch.Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        return weight.float()
+
+    def plain(self, module: Any, weight: torch.Tensor) -> nn.Module:
+        return _plain(module, weight, module.compute_dtype or module.weight.quant_state.dtype)
+
+
+class Int8Ops:
+    """bitsandbytes' ``Linear8bitLt``."""
+
+    def dequantize(self, module: Any) -> torch.Tensor:
+        from eulerforge.models.int8_linear import dequantized
+
+        return dequantized(module)
+
+    def plain(self, module: Any, weight: torch.Tensor) -> nn.Module:
+        return _plain(module, weight, getattr(module, "compute_dtype", torch.float32))
+
+
+def _plain(module: Any, weight: torch.Tensor, dtype: torch.dtype) -> nn.Linear:
+    """A plain layer with this weight, cast once: quantizing it again would lose about 40% of a typical delta."""
+    with torch.device("meta"):
+        made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if module.bias is not None:
+        made.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    return made.train(module.training)
+
+
+def quantized_ops(module: nn.Module) -> Int4Ops | Int8Ops | None:
+    """The operations of a bitsandbytes layer; None for any other module. Imports nothing."""
+    layers = getattr(sys.modules.get("bitsandbytes"), "nn", None)
+    if layers is None:
+        return None
+    if isinstance(module, layers.Linear4bit):
+        return Int4Ops()
+    # with has_fp16_weights the weight is a plain one that is quantized on the fly
+    return Int8Ops() if isinstance(module, layers.Linear8bitLt) and module.weight.dtype == torch.int8 else None
+
+
+def parameter_count(parameter: torch.Tensor) -> int:
+    """How many numbers a parameter stands for: a 4-bit one packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def quantized_modules(model: nn.Module) -> int:
+    """How many layers of the model are quantized."""
+    return sum(quantized_ops(module) is not None for module in model.modules())
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
