@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from eulerforge.api import InjectionReport
+from eulerforge.config.schema import ModelConfig
 from eulerforge.export.rundir import Location, TrainedRun
 from eulerforge.lora.wrap import adapted_modules, wrap_linear
 from eulerforge.models.source import BaseSource
@@ -51,7 +52,7 @@ def make_run(tmp_path: Path) -> Callable[..., TrainedRun]:
         (folder / "final").mkdir(parents=True)
         return TrainedRun(
             location=Location(folder=folder, checkpoint=folder / "final", state=TrainState(step=3), injection={}),
-            run=SimpleNamespace(model=SimpleNamespace(trust_remote_code=False, revision=None)),  # type: ignore[arg-type]
+            run=SimpleNamespace(model=ModelConfig()),  # type: ignore[arg-type]
             model=live,
             tokenizer=None,
             source=BaseSource(kind="folder", name=str(base), folder=base),
