@@ -29,6 +29,7 @@ REACHED: dict[str, set[str]] = {
     "quickstart": FFN | {"attn.q", "attn.v"},
     "smollm2_135m_dense_lora_sft": FFN | {"attn.q", "attn.v"},
     "llama3.2_1b_dense_lora_sft": FFN | {"attn.q", "attn.v"},
+    "llama3.2_1b_int4_dense_lora_sft": FFN | {"attn.q", "attn.v"},
     "llama3.1_8b_dense_lora_sft": FFN | ATTENTION,
     "llama3.1_8b_int4_dense_lora_sft": FFN | ATTENTION,
     "qwen3_0.6b_dense_lora_sft": FFN | {"attn.q", "attn.v"},
