@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``export``."""
     parser.description = "Write what a run learnt as a merged Hugging Face folder or as a PEFT adapter."
     parser.add_argument("--format", required=True, choices=FORMATS, help="merged: a plain model; peft: the adapters")
+    parser.add_argument(
+        "--keys",
+        choices=("text", "multimodal"),
+        default="text",
+        help="peft: names for the text model, or for the multimodal one of the same checkpoint, which vLLM serves",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     add_shared_arguments(parser)
 
@@ -39,10 +45,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the export and say where it is."""
-    return write(args, format=args.format, output=args.output)
+    return write(args, format=args.format, output=args.output, keys=args.keys)
 
 
-def write(args: argparse.Namespace, *, format: str, output: Path | None) -> int:
+def write(args: argparse.Namespace, *, format: str, output: Path | None, keys: str = "text") -> int:
     """Open the run and write it, by default to ``merged`` in the run's folder; both commands end here.
 
     Raises:
@@ -55,6 +61,10 @@ def write(args: argparse.Namespace, *, format: str, output: Path | None) -> int:
 
     if format == "peft" and args.dtype != "auto":
         raise UsageError("--dtype is for --format merged; a PEFT adapter is fp32", hint="leave --dtype out")
+    if format == "merged" and keys != "text":
+        raise UsageError(
+            "--keys is for --format peft; a merged model has its base's own names", hint="leave --keys out"
+        )
     registry = registry_from(args)
 
     from eulerforge.export.merged import refuse_existing, write_merged
@@ -67,7 +77,7 @@ def write(args: argparse.Namespace, *, format: str, output: Path | None) -> int:
     for line in (*opened.location.notes, *opened.warnings):
         warn(line)
     if format == "peft":
-        written = write_peft(opened, output, overwrite=args.overwrite)
+        written = write_peft(opened, output, keys=keys, overwrite=args.overwrite)
     else:
         dtype = None if args.dtype == "auto" else args.dtype
         written = write_merged(opened, output, dtype=dtype, overwrite=args.overwrite, verify=not args.no_verify)

@@ -33,6 +33,36 @@ PREFIXES: tuple[tuple[str, str], ...] = (
 )
 """Live prefix and the prefix in the files, in the order in which they are tried."""
 
+FILE_MODULES: tuple[tuple[str, str], ...] = ((".mlp.", ".mlp."), (".mlp.", ".block_sparse_moe."))
+"""Live module and the module in the files: Mixtral's checkpoints have a name of their own for the mixture."""
+
+EXPERT_PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "experts.gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "experts.down_proj": (("down_proj",), ("w2",)),
+}
+"""A fused parameter, and the names of its parts where the files hold each expert by itself: equal parts of its rows, in
+their order, as Qwen's and as Mixtral's checkpoints call them."""
+
+
+@attrs.frozen(kw_only=True)
+class Piece:
+    """A tensor of the files and the part of a live parameter that it is: all of it, or rows of one expert."""
+
+    name: str
+    expert: int | None = None
+    first_row: int = 0
+    rows: int = 0
+
+    def index(self, start: int, end: int) -> tuple[slice, ...]:
+        """Where the file's rows ``start`` to ``end`` lie in the live parameter."""
+        if self.expert is None:
+            return (slice(start, end),)
+        return slice(self.expert, self.expert + 1), slice(self.first_row + start, self.first_row + end)
+
+    def shape(self, live: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the file's tensor, for the live parameter's."""
+        return live if self.expert is None else (self.rows, *live[2:])
+
 
 @attrs.frozen(kw_only=True)
 class BaseFiles:
@@ -51,16 +81,47 @@ class BaseFiles:
         return tuple(sorted(set(self.shards.values())))
 
     def name_of(self, live: str) -> str:
-        """The name in the files of a parameter of the live model.
+        """The name in the files of a parameter of the live model that one tensor holds.
 
         Raises:
-            ModelError: no file holds the tensor.
+            ModelError: no file holds the tensor, or several hold parts of it.
         """
-        for candidate in candidates(live):
-            if candidate in self.shards:
-                return candidate
+        if (found := self._found(live)) is None:
+            raise self._missing(live)
+        return found
+
+    def pieces_of(self, live: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
+        """The tensors of the files that hold a parameter of the live model, of that shape.
+
+        Raises:
+            ModelError: no file holds it, or the files hold only some of its experts, or more than it has.
+        """
+        if (whole := self._found(live)) is not None:
+            return (Piece(name=whole),)
+        for stem, parts in _expert_names(live):
+            if f"{stem}.0.{parts[0]}.weight" not in self.shards:
+                continue
+            rows = shape[1] // len(parts)
+            pieces = tuple(
+                Piece(name=f"{stem}.{expert}.{part}.weight", expert=expert, first_row=number * rows, rows=rows)
+                for expert in range(shape[0])
+                for number, part in enumerate(parts)
+            )
+            lost = [piece.name for piece in pieces if piece.name not in self.shards]
+            if lost or f"{stem}.{shape[0]}.{parts[0]}.weight" in self.shards:
+                raise ModelError(
+                    f"{self.folder.name} holds other experts for {live} than the {shape[0]} of the model",
+                    hint=f"{lost[0]} is not there" if lost else "the base model's config.json does not fit its files",
+                )
+            return pieces
+        raise self._missing(live)
+
+    def _found(self, live: str) -> str | None:
+        return next((candidate for candidate in candidates(live) if candidate in self.shards), None)
+
+    def _missing(self, live: str) -> ModelError:
         tied = live == "lm_head.weight"
-        raise ModelError(
+        return ModelError(
             f"{self.folder.name} holds no tensor for {live}, which training changed",
             hint="the output head is tied to the embedding: it cannot be changed alone"
             if tied
@@ -73,10 +134,20 @@ def candidates(live: str) -> Iterator[str]:
     seen = set()
     for live_prefix, file_prefix in PREFIXES:
         if live.startswith(live_prefix):
-            name = file_prefix + live[len(live_prefix) :]
-            if name not in seen:
-                seen.add(name)
-                yield name
+            for module, file_module in FILE_MODULES:
+                name = file_prefix + live[len(live_prefix) :].replace(module, file_module)
+                if name not in seen:
+                    seen.add(name)
+                    yield name
+
+
+def _expert_names(live: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """For a fused parameter, every module in the files that may hold its experts, and what its parts may be called."""
+    for candidate in candidates(live):
+        for suffix, layouts in EXPERT_PARTS.items():
+            if candidate.endswith(f".{suffix}"):
+                for parts in layouts:
+                    yield candidate.rpartition(".")[0], parts
 
 
 def read_base_files(folder: Path) -> BaseFiles:

@@ -4,7 +4,8 @@ Nothing passes through ``save_pretrained``, so configuration, sharding, dtype an
 (a vision tower, prediction heads) stay what they were.
 A merged weight starts from the base file's own value in fp32, gets the adapter's delta, and is cast once; in which
 precision the run had loaded its base does not matter.
-One shard is in memory at a time.
+A few rows are in memory at a time (one weight, where an adapter wants it whole); a mixture's fused parameters go back
+into the tensors of single experts where the files have those.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import eulerforge
 from eulerforge.config.atomic import staged_folder
 from eulerforge.errors import ModelError, RunError, UsageError
-from eulerforge.export.basefiles import INDEX, BaseFiles, other_files, read_base_files
+from eulerforge.export.basefiles import INDEX, BaseFiles, Piece, other_files, read_base_files
 from eulerforge.export.rundir import TrainedRun
-from eulerforge.lora.adapted import AdaptedModule
+from eulerforge.export.shards import FLOATS, Rewrite, read_header, write_shard
+from eulerforge.lora.adapted import AdaptedLinear, AdaptedModule
 from eulerforge.lora.wrap import adapted_modules
 from eulerforge.models.device import DTYPE_NAMES, DTYPES
 
@@ -35,26 +36,28 @@ DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 and what older tools wro
 
 @attrs.frozen(kw_only=True)
 class Change:
-    """What becomes of one tensor of the files: ``value`` in place of the file's own, then ``adapter`` on top of it."""
+    """What becomes of one parameter: ``value`` in place of the files' own, then ``adapter`` on top of it.
+
+    ``live`` is its name and ``shape`` its shape in the unwrapped model, ``parameter`` its name in the adapted module.
+    """
 
     live: str
+    shape: tuple[int, ...]
     value: torch.Tensor | None = None
     adapter: AdaptedModule | None = None
     parameter: str = "weight"
 
-    def apply(self, base: torch.Tensor) -> torch.Tensor:
-        """The new tensor in fp32, for the tensor in the file."""
-        start = (base if self.value is None else self.value).float().cpu()
-        if start.shape != base.shape:
-            raise ModelError(
-                f"{self.live} is {tuple(start.shape)} in the run and {tuple(base.shape)} in the base's files"
-            )
-        merged = start if self.adapter is None else self.adapter.merged_part(self.parameter, start).cpu()
-        if merged.shape != base.shape:
-            raise ModelError(
-                f"{self.live}: the adapter gives {tuple(merged.shape)}, the file holds {tuple(base.shape)}"
-            )
-        return merged
+    def rows(self, piece: Piece, base: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """The new rows ``start`` to ``end`` of a tensor of the files, for its own ones: both fp32."""
+        index = piece.index(start, end) if base.dim() else ()
+        part = base if piece.expert is None else base[None]
+        if self.value is not None:
+            part = self.value[index].float().cpu()
+        if self.adapter is not None:
+            part = self.adapter.merged_part(self.parameter, part, index if self.adapter.merges_in_parts else ()).cpu()
+        if part.numel() != base.numel():
+            raise ModelError(f"{self.live}: the adapter gives {tuple(part.shape)}, the file holds {tuple(base.shape)}")
+        return part.reshape(base.shape)
 
 
 @attrs.frozen(kw_only=True)
@@ -93,7 +96,9 @@ def write_merged(
     check_destination(out, run, overwrite=overwrite)
     base = read_base_files(run.source.folder)
     _refuse_quantized(base.folder)
-    changes = {base.name_of(change.live): change for change in changes_of(run)}
+    changes = {
+        piece.name: (change, piece) for change in changes_of(run) for piece in base.pieces_of(change.live, change.shape)
+    }
     target = None if dtype is None else DTYPES[dtype]
     with staged_folder(out, replace=out.is_dir()) as staging:
         size = sum(_write_shard(base, file, changes, target, staging) for file in base.files)
@@ -117,8 +122,15 @@ def changes_of(run: TrainedRun) -> list[Change]:
     for path, module in adapted_modules(run.model):
         for parameter in module.changed_parameters:
             name = f"{path}.{parameter}"
-            found.append(Change(live=name, value=values.pop(name, None), adapter=module, parameter=parameter))
-    return found + [Change(live=name, value=value) for name, value in values.items()]
+            shape = (
+                # a quantized weight has a shape of its own
+                (module.out_features, module.in_features)
+                if isinstance(module, AdaptedLinear)
+                else tuple(module.base_layer.get_parameter(parameter).shape)
+            )
+            value = values.pop(name, None)
+            found.append(Change(live=name, shape=shape, value=value, adapter=module, parameter=parameter))
+    return found + [Change(live=name, shape=tuple(value.shape), value=value) for name, value in values.items()]
 
 
 def check_destination(out: Path, run: TrainedRun, *, overwrite: bool) -> None:
@@ -178,35 +190,39 @@ def verify_loads(folder: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def _write_shard(
-    base: BaseFiles, name: str, changes: Mapping[str, Change], target: torch.dtype | None, staging: Path
+    base: BaseFiles, name: str, changes: Mapping[str, tuple[Change, Piece]], target: torch.dtype | None, staging: Path
 ) -> int:
     """Write one shard with its changed tensors replaced; give back the bytes of its tensors."""
-    tensors: dict[str, torch.Tensor] = {}
-    with safe_open(base.folder / name, framework="pt") as file:
-        metadata = dict(file.metadata() or {}) | {"format": "pt"}
-        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-            tensor = file.get_tensor(key)
-            if key in changes or (target is not None and tensor.is_floating_point()):
-                tensor = _cast(key, tensor, changes.get(key), target)
-            tensors[key] = tensor
-        save_file(tensors, staging / name, metadata=metadata)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    rewrites = {}
+    for entry in read_header(base.folder / name)[0]:
+        found = changes.get(entry.name)
+        if found is None and (target is None or not entry.is_float):
+            continue
+        if entry.dtype not in FLOATS:
+            raise ModelError(
+                f"{entry.name} is stored as {entry.dtype}, which a merge cannot write",
+                hint="give a base in fp32, fp16 or bf16",
+            )
+        dtype = FLOATS[entry.dtype] if target is None else target
+        if found is None:
+            rewrites[entry.name] = Rewrite(dtype=dtype)
+            continue
+        change, piece = found
+        if piece.shape(change.shape) != entry.shape:
+            raise ModelError(
+                f"{change.live} is {change.shape} in the run and {entry.shape} in the base's files, as {entry.name}"
+            )
+        whole = change.adapter is not None and not change.adapter.merges_in_parts
+        rewrites[entry.name] = Rewrite(dtype=dtype, change=partial(change.rows, piece), whole=whole)
+    return write_shard(base.folder / name, staging / name, rewrites, _refuse_not_finite)
 
 
-def _cast(key: str, tensor: torch.Tensor, change: Change | None, target: torch.dtype | None) -> torch.Tensor:
-    dtype = tensor.dtype if target is None else target
-    if dtype not in DTYPE_NAMES and dtype != torch.float64:
-        raise ModelError(
-            f"{key} is stored as {str(tensor.dtype).removeprefix('torch.')}, which a merge cannot write",
-            hint="give a base in fp32, fp16 or bf16",
-        )
-    new = (tensor if change is None else change.apply(tensor)).to(dtype)
+def _refuse_not_finite(name: str, new: torch.Tensor) -> None:
     if not torch.isfinite(new).all():
         raise RunError(
-            f"{key} is not finite as {DTYPE_NAMES.get(dtype, dtype)} after the merge",
+            f"{name} is not finite as {DTYPE_NAMES.get(new.dtype, new.dtype)} after the merge",
             hint="give --dtype fp32 or bf16, or look at the run's loss: the training may have diverged",
         )
-    return new.contiguous()
 
 
 def _write_index(index: Mapping[str, Any], size: int, staging: Path) -> None:

@@ -16,18 +16,26 @@ from safetensors.torch import save_file
 
 from eulerforge.config.atomic import staged_folder
 from eulerforge.errors import UsageError
+from eulerforge.export.basefiles import read_base_files
 from eulerforge.export.merged import RECEIPT, Written, check_destination, origin
 from eulerforge.export.rundir import TrainedRun
+from eulerforge.lora.experts import LoRAExperts
 from eulerforge.lora.linear import LoRALinear
 from eulerforge.lora.wrap import adapted_modules
 
+KEYS = ("text", "multimodal")
+MULTIMODAL = "model.language_model."
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
 
 @torch.no_grad()
-def write_peft(run: TrainedRun, out: Path, *, overwrite: bool = False) -> Written:
+def write_peft(run: TrainedRun, out: Path, *, keys: str = "text", overwrite: bool = False) -> Written:
     """Write the adapters as PEFT reads them; the base stays where it is.
+
+    Args:
+        keys: ``text`` names the modules as the run's own model class does; ``multimodal`` as the multimodal class of
+            the same checkpoint does, which vLLM serves.
 
     Raises:
         UsageError: the run trained base weights, or an adapter has no PEFT form, or ``out`` cannot be written to.
@@ -41,11 +49,18 @@ def write_peft(run: TrainedRun, out: Path, *, overwrite: bool = False) -> Writte
         )
     modules = dict(adapted_modules(run.model))
     for path, module in modules.items():
+        if isinstance(module, LoRAExperts):
+            raise UsageError(
+                f"{path} has a low-rank path for each of its {module.num_experts} fused experts: PEFT's form of that is"
+                " its own, and no server reads it",
+                hint="use --format merged",
+            )
         if not isinstance(module, LoRALinear):
             raise UsageError(
                 f"{path} is a {type(module).__name__}, which PEFT does not know", hint="use --format merged"
             )
-    layers = {path: module for path, module in modules.items() if isinstance(module, LoRALinear)}
+    names = module_names(run, tuple(modules), keys)
+    layers = {names[path]: module for path, module in modules.items() if isinstance(module, LoRALinear)}
     tensors: dict[str, torch.Tensor] = {}
     for path, module in layers.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A.detach().float().cpu().contiguous()
@@ -62,6 +77,26 @@ def write_peft(run: TrainedRun, out: Path, *, overwrite: bool = False) -> Writte
         files=(CONFIG_FILE, WEIGHTS_FILE, RECEIPT),
         size=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
     )
+
+
+def module_names(run: TrainedRun, paths: tuple[str, ...], keys: str) -> dict[str, str]:
+    """Each module's path in the class that the adapter is for.
+
+    Raises:
+        UsageError: the base is no multimodal checkpoint that the run opened as a text model.
+    """
+    if keys == "text":
+        return {path: path for path in paths}
+    shards = read_base_files(run.source.folder).shards
+    names = {path: f"{MULTIMODAL}{path.removeprefix('model.')}" for path in paths}
+    for path, name in names.items():
+        if path.startswith(MULTIMODAL) or f"{name}.weight" not in shards:
+            raise UsageError(
+                f"--keys multimodal is for a text model out of a multimodal checkpoint, which {run.source.name} is not",
+                key="--keys",
+                hint="leave --keys out",
+            )
+    return names
 
 
 def peft_config(run: TrainedRun, layers: dict[str, LoRALinear]) -> dict[str, Any]:

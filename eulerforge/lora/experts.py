@@ -153,15 +153,20 @@ def _tensors(path: ExpertsPath | None) -> tuple[torch.Tensor | None, torch.Tenso
 
 
 class _Low:
-    """One path in the compute dtype: ``scaling`` is in ``B_EOR``; ``keep`` gives the dropout mask, None without."""
+    """One path in its compute dtype; ``scaling`` is in ``B_EOR``.
+
+    On the CPU that is fp32: the thin products cost little, and oneDNN would build and keep a bf16 kernel for every
+    number of rows that an expert ever gets.
+    """
 
     def __init__(self, A: torch.Tensor, B: torch.Tensor, scaling: float, dtype: torch.dtype) -> None:
         self.scaling = scaling
-        self.A_ERI, self.B_EOR = A.to(dtype), (B * scaling).to(dtype)
+        self.dtype = torch.promote_types(dtype, torch.float32) if A.device.type == "cpu" else dtype
+        self.A_ERI, self.B_EOR = A.to(self.dtype), (B * scaling).to(self.dtype)
 
     def forward(self, x_SI: torch.Tensor, ends_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The low-rank values (S, r) and the path's output (S, out)."""
-        low_SR = grouped_product(x_SI, self.A_ERI.transpose(1, 2), ends_E)
+        low_SR = grouped_product(x_SI.to(self.dtype), self.A_ERI.transpose(1, 2), ends_E)
         return low_SR, grouped_product(low_SR, self.B_EOR.transpose(1, 2), ends_E)
 
 
@@ -228,11 +233,14 @@ class _Dispatch(torch.autograd.Function):
         t_SJ = grouped_product(g_SH, base.get_parameter(DOWN), ends_E)
         if down is not None:
             mask = _mask(seed, 1, h_SJ, layer.dropout)
-            u_SR = grouped_product(g_SH, down.B_EOR, ends_E)
+            wide_SH = g_SH.to(down.dtype)
+            u_SR = grouped_product(wide_SH, down.B_EOR, ends_E)
             t_SJ += _dropped(grouped_product(u_SR, down.A_ERI, ends_E), mask)
-            grads[2] = grouped_outer((u_SR * w_S1).to(x_NH.dtype), _dropped(h_SJ, mask), ends_E).float()
-            weighted_SR = (low_down_SR * (w_S1 * down.scaling)).to(x_NH.dtype)
-            grads[3] = grouped_outer(g_SH, weighted_SR, ends_E).float()
+            dropped_SJ = _dropped(h_SJ, mask).to(down.dtype)
+            grads[2] = grouped_outer((u_SR * w_S1).to(down.dtype), dropped_SJ, ends_E).float()
+            weighted_SR = (low_down_SR * (w_S1 * down.scaling)).to(down.dtype)
+            grads[3] = grouped_outer(wide_SH, weighted_SR, ends_E).float()
+            del wide_SH, dropped_SJ
         del g_SH
         grad_weights = None
         if ctx.needs_input_grad[1]:
@@ -242,12 +250,13 @@ class _Dispatch(torch.autograd.Function):
         del t_SJ, h_SJ, gated_SJ, leaf_SI
 
         if up is not None:
-            u_SR = grouped_product(g_SI, up.B_EOR, ends_E)
+            wide_SI = g_SI.to(up.dtype)
+            u_SR = grouped_product(wide_SI, up.B_EOR, ends_E)
+            grads[1] = grouped_outer(wide_SI, low_up_SR * up.scaling, ends_E).float()
             x_SH = x_NH[rows_S]
             mask = _mask(seed, 0, x_SH, layer.dropout)
-            grads[0] = grouped_outer(u_SR, _dropped(x_SH, mask), ends_E).float()
-            grads[1] = grouped_outer(g_SI, low_up_SR * up.scaling, ends_E).float()
-            del x_SH
+            grads[0] = grouped_outer(u_SR, _dropped(x_SH, mask).to(up.dtype), ends_E).float()
+            del x_SH, wide_SI
         grad_x = None
         if ctx.needs_input_grad[0]:
             gx_SH = grouped_product(g_SI, base.get_parameter(GATE_UP), ends_E)

@@ -31,6 +31,8 @@ class LoRALinear(AdaptedLinear):
         generator: the CPU random source of the initial ``lora_A``.
     """
 
+    merges_in_parts = True
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -68,6 +70,11 @@ class LoRALinear(AdaptedLinear):
         """scaling * lora_B @ lora_A in fp32, shape (out_features, in_features)."""
         with torch.no_grad():
             return (self.lora_B.float() @ self.lora_A.float()) * self.scaling
+
+    def merged_part(self, name: str, base: torch.Tensor, index: tuple[slice, ...] = ()) -> torch.Tensor:
+        rows = index[0] if index else slice(None)
+        with torch.no_grad():
+            return base + ((self.lora_B[rows].float() @ self.lora_A.float()) * self.scaling).to(base.device)
 
     def merged_weight(self, base_weight: torch.Tensor) -> torch.Tensor:
         return base_weight + self.delta().to(base_weight.device)

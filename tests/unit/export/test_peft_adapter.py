@@ -57,3 +57,57 @@ def test_an_adapter_cannot_hold_trained_base_tensors(make_run: MakeRun, tmp_path
     with pytest.raises(UsageError, match=r"model\.norm\.weight"):
         write_peft(run, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+DENSE = ("llama3", "qwen3", "qwen3_5", "qwen3_5_multimodal", "gemma3", "gemma3_multimodal")
+
+
+def logits_in_peft(base: object, folder: Path) -> torch.Tensor:
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT only warns of keys that it misses
+        warnings.simplefilter("ignore", FutureWarning)
+        model = peft.PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_every_dense_family_is_the_same_in_peft(make_family_run: MakeRun, tmp_path: Path, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = make_family_run(family)
+    write_peft(run, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(run.source.folder, dtype=torch.float32)
+    with torch.no_grad():
+        live = run.model(IDS).logits
+        plain = base.eval()(IDS).logits
+    assert (live - plain).abs().max() > 1e-3
+    torch.testing.assert_close(logits_in_peft(base, tmp_path / "adapter"), live, rtol=1e-5, atol=1e-5)
+
+
+def test_qwen3_5_has_a_form_for_the_multimodal_class_too(make_family_run: MakeRun, tmp_path: Path) -> None:
+    from transformers import Qwen3_5ForConditionalGeneration
+
+    run = make_family_run("qwen3_5_multimodal")
+    written = write_peft(run, tmp_path / "adapter", keys="multimodal")
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in written.tensors)
+    base = Qwen3_5ForConditionalGeneration.from_pretrained(run.source.folder, dtype=torch.float32)
+    with torch.no_grad():
+        live = run.model(IDS).logits
+    torch.testing.assert_close(logits_in_peft(base, tmp_path / "adapter"), live, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3_multimodal"])
+def test_the_multimodal_form_is_refused_where_there_is_but_one(
+    make_family_run: MakeRun, tmp_path: Path, family: str
+) -> None:
+    with pytest.raises(UsageError, match="multimodal is for a text model"):
+        write_peft(make_family_run(family), tmp_path / "adapter", keys="multimodal")
+
+
+def test_fused_experts_are_refused_with_the_way_out(make_family_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"model\.layers\.0\.mlp\.experts has .* 4 fused experts") as caught:
+        write_peft(make_family_run("mixtral"), tmp_path / "adapter")
+    assert caught.value.problems[0].hint == "use --format merged"
+    assert not (tmp_path / "adapter").exists()
