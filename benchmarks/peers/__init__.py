@@ -1,0 +1,1 @@
+"""Rivals, each a program of its own."""
