@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help quickstart test soak lint types docs clean
+.PHONY: help quickstart test soak bench lint types docs clean
 
 help:
 	@echo "make quickstart   install, fine-tune a real small model, show what it learned"
 	@echo "make test         install and run the tests"
+	@echo "make bench        compare speed and memory with PEFT and TRL"
 	@echo "make lint | types | docs | clean"
 
 $(VENV)/.run: pyproject.toml constraints.txt requirements.txt plugins/*/pyproject.toml
@@ -36,6 +37,14 @@ test: $(VENV)/.dev $(VENV)/.quickstart
 # kills a run in three ways at every operation on its folder; some 15 minutes on two cores
 soak: $(VENV)/.dev
 	EULERFORGE_SOAK=1 $(BIN)/python -m pytest tests/faults
+
+$(VENV)/.bench: $(VENV)/.dev $(VENV)/.quickstart benchmarks/requirements.txt
+	$(PIP) -c constraints.txt -r benchmarks/requirements.txt
+	touch $@
+
+# side by side with PEFT and TRL; some 15 minutes on two quiet cores
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/side_by_side.py --out benchmarks/results/side_by_side.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

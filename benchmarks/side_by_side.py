@@ -40,11 +40,9 @@ RIVALS: dict[str, tuple[str, list[str]]] = {
 
 def main() -> None:
     args = arguments()
-    from eulerforge.models.source import resolve_source
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = resolve_source(args.model, say=print).folder
+        model = base_model(args, folder)
         prepare(args, model, folder)
         runs: dict[str, list[dict[str, Any]]] = {rival: [] for rival in args.rivals}
         for number in range(args.rounds):
@@ -68,17 +66,37 @@ def main() -> None:
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def base_model(args: argparse.Namespace, folder: Path) -> Path:
+    """The folder of the model that everyone trains."""
+    if args.shape:
+        from shapes import random_model
+
+        return random_model(args.shape, folder / "model")
+    from eulerforge.models.source import resolve_source
+
+    return resolve_source(args.model, say=print).folder
+
+
 def prepare(args: argparse.Namespace, model: Path, folder: Path) -> None:
     """Write the rows twice: as a file of ours, and in the order in which we will take them, for the rivals."""
     from rows import full_rows, in_training_order, mixed_rows, write_jsonl
-    from transformers import AutoTokenizer
+    from shapes import SHAPES, random_rows
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
     count = args.steps * args.batch_size
-    made = full_rows(tokenizer, count, args.full, args.seed) if args.full else mixed_rows(tokenizer, count, args.seed)
+    if args.shape:
+        vocabulary = int(SHAPES[args.shape]["vocab_size"])
+        made = random_rows(vocabulary, count, args.seed, args.full)
+        held_out = random_rows(vocabulary, 8, args.seed + 1)
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        mixed = mixed_rows(tokenizer, count, args.seed)
+        made = full_rows(tokenizer, count, args.full, args.seed) if args.full else mixed
+        held_out = mixed_rows(tokenizer, 32, args.seed + 1)
     write_jsonl(folder / "rows_unordered.jsonl", made)
     write_jsonl(folder / "rows.jsonl", in_training_order(made, args.batch_size, args.steps, args.seed))
-    write_jsonl(folder / "held_out.jsonl", mixed_rows(tokenizer, 32, args.seed + 1))
+    write_jsonl(folder / "held_out.jsonl", held_out)
     lengths = [len(row["input_ids"]) for row in made]
     labelled = sum(label != -100 for row in made for label in row["labels"])
     print(
@@ -206,6 +224,7 @@ def versions(python: str) -> dict[str, str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=QUICKSTART)
+    parser.add_argument("--shape", help="random weights of a real shape (benchmarks/shapes.py) instead of --model")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)

@@ -1,0 +1,74 @@
+"""Models of a real shape with random weights, for machines without a hub: the cost of a step is the same."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def random_model(shape: str, folder: Path, **changes: Any) -> Path:
+    """A bf16 model folder of this shape, with a tokenizer that only has to exist."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    facts = {"max_position_embeddings": 32768, **SHAPES[shape], **changes}
+    config = AutoConfig.for_model(**facts)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "x": 2}, unk_token="x"))  # noqa: S106 - a word, no secret
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)  # noqa: S106
+    # its few words must not bound the rows' ids
+    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    return folder
+
+
+def random_rows(vocabulary: int, count: int, seed: int, full: int | None = None) -> list[dict[str, list[int]]]:
+    """Random ids: lengths like those of the real rows (about 215 tokens, heavy tail), or ``full`` tokens each."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        length = full or min(4096, 20 + int(65 * min(12, 1 + int(draw.paretovariate(1.3)))) + draw.randrange(40))
+        prompt = 0 if full else min(length - 4, 30 + length // 8)
+        ids = [draw.randrange(3, vocabulary) for _ in range(length)]
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
