@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(shape: str, folder: Path, **changes: Any) -> Path:
-    """A bf16 model folder of this shape, with a tokenizer that only has to exist."""
+    """A bf16 model folder of this shape, with a tokenizer of as many words."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -54,11 +53,9 @@ def random_model(shape: str, folder: Path, **changes: Any) -> Path:
     config = AutoConfig.for_model(**facts)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "x": 2}, unk_token="x"))  # noqa: S106 - a word, no secret
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)  # noqa: S106
-    # its few words must not bound the rows' ids
-    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    names = {f"t{index}": index for index in range(config.vocab_size)}
+    words = Tokenizer(models.WordLevel(names, unk_token="t2"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1").save_pretrained(folder)
     return folder
 
 

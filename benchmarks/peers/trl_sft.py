@@ -41,11 +41,8 @@ def main() -> None:
     rows = read_jsonl(args.rows)
     sizes = [len(row["input_ids"]) for row in rows]
     per_step = [sum(sizes[at : at + args.batch_size]) for at in range(0, len(sizes), args.batch_size)]
-    if args.packing:
-        # a packed row is max_length tokens; one such row per step has about the real tokens of a plain step
-        length = max(max(sizes), sum(sizes) // args.steps)
-    else:
-        length = max(sizes)
+    # a packed row is max_length tokens; one such row per step has about the real tokens of a plain step
+    length = max(max(sizes), sum(sizes) // args.steps) if args.packing else max(sizes)
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder,
