@@ -1,4 +1,4 @@
-"""``eulerforge plugins list | show | check``: what is installed, what it offers, and whether it keeps the contract."""
+"""``eulerforge plugins list | show | check | new``: what is installed, whether it keeps the contract, your own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from eulerforge.api import BackboneSpec, PhaseGroupSpec, PresetSpec, StrategySpec
+from eulerforge.cli import plugins_new
 from eulerforge.cli.output import emit_json, print_table, say, tell
 from eulerforge.cli.plugin_options import add_plugin_options, registry_from
 from eulerforge.errors import PluginError
@@ -22,16 +23,18 @@ CHECK_HEADERS = ("CHECK", "STATUS", "REASON")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The three subcommands, each with ``--json`` and the options that block plugins."""
+    """The four subcommands, each with ``--json`` and the options that block plugins."""
     commands = parser.add_subparsers(dest="plugins_command", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="all installed plugins with their status")
     show = commands.add_parser("show", help="what one plugin offers, with every configuration key")
     check = commands.add_parser("check", help="whether a plugin keeps the contract")
+    new = commands.add_parser("new", help="write a distribution of your own, with tests that pass")
+    plugins_new.add_arguments(new)
     for name, one in (("show", show), ("check", check)):
         one.add_argument(
             "name", metavar="NAME", help=f"the plugin to {name}: its own name, one that it offers, or DISTRIBUTION:NAME"
         )
-    for one in (listing, show, check):
+    for one in (listing, show, check, new):
         one.add_argument("--json", action="store_true", help="machine-readable output on stdout")
         add_plugin_options(one)
 
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the subcommand; gives back the exit code."""
     # a listing shows what is wrong instead of stopping at it; strictness is then a matter of the exit code
     registry = registry_from(argparse.Namespace(**{**vars(args), "strict_plugins": False}))
-    code = {"list": _list, "show": _show, "check": _check}[args.plugins_command](args, registry)
+    code = {"list": _list, "show": _show, "check": _check, "new": plugins_new.run}[args.plugins_command](args, registry)
     return PluginError.exit_code if args.strict_plugins and registry.faults() else code
 
 

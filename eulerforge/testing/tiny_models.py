@@ -182,6 +182,24 @@ def tiny_model(family: str = "llama3", seed: int = 0, **changes: Any) -> Any:
     return getattr(transformers, _FAMILIES[family].model)(tiny_config(family, **changes)).float().eval()
 
 
+def tiny_model_of(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """As ``tiny_model``, for any ``config.model_type`` that transformers knows, in our families or not.
+
+    A family that is not ours gets the sizes of a dense one; ``changes`` are keys of its config.
+
+    Raises:
+        ValueError: transformers does not know ``model_type``, or its config does not take the sizes.
+    """
+    import transformers
+
+    for family, made in _FAMILIES.items():
+        if getattr(transformers, made.config).model_type == model_type:
+            return tiny_model(family, seed, **changes)
+    config = transformers.AutoConfig.for_model(model_type, **{**_DENSE, **changes})
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
 def tiny_tokenizer(chat_template: str | None = CHATML) -> Any:
     """A byte-level tokenizer with the special tokens of ChatML; every printable ASCII character is a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -1,0 +1,15 @@
+"""The kit that third parties use, on our own adapter."""
+
+from __future__ import annotations
+
+from eulerforge.testing import BackboneConformance, PluginConformance
+
+
+class TestPlugin(PluginConformance):
+    plugin = "eulerforge_backbone_llama3.plugin"
+
+
+class TestBackbone(BackboneConformance):
+    plugin = "eulerforge_backbone_llama3.plugin"
+    backbone = "llama3"
+    model_types = ("llama",)

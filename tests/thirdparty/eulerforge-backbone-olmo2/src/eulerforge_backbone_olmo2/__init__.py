@@ -1,0 +1,1 @@
+"""Models of model_type olmo2."""
