@@ -27,6 +27,7 @@ class SettingInfo:
     le: float | None = None
     lt: float | None = None
     single: bool = False
+    switch: tuple[Any, Any] | None = None
 
 
 def setting(
@@ -40,12 +41,14 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
     single: bool = False,
+    switch: tuple[Any, Any] | None = None,
 ) -> Any:
     """A configuration key with its help text and constraints; without ``default`` the key must be given.
 
-    With ``single`` a list key also takes one value that is not in a list.
+    With ``single`` a list key also takes one value that is not in a list; ``switch`` is what false and true stand for,
+    for a key that was a switch before it had more values.
     """
-    info = SettingInfo(help=help, choices=tuple(choices), ge=ge, gt=gt, le=le, lt=lt, single=single)
+    info = SettingInfo(help=help, choices=tuple(choices), ge=ge, gt=gt, le=le, lt=lt, single=single, switch=switch)
     if factory is not None:
         return attrs.field(factory=factory, metadata={METADATA_KEY: info})
     return attrs.field(default=default, metadata={METADATA_KEY: info})

@@ -6,6 +6,7 @@ The help texts are the reference documentation: the preset reference and ``plugi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 
 import attrs
@@ -127,7 +128,23 @@ class TrainingConfig:
     log_steps: int = setting(10, ge=1, help="Report the loss every so many steps")
     save_steps: int = setting(0, ge=0, help="Save a checkpoint every so many steps; 0 = only at the end")
     val_steps: int = setting(0, ge=0, help="Evaluate held-out rows every so many steps; 0 = only before and after")
-    gradient_checkpointing: bool = setting(False, help="Recompute activations in the backward pass to save memory")
+    optimizer: str = setting(
+        "adamw",
+        choices=("adamw", "adamw_8bit", "paged_adamw_8bit"),
+        help="adamw keeps its state in fp32; the others, of bitsandbytes, in 8 bits, paged out of a full GPU",
+    )
+    gradient_checkpointing: str = setting(
+        "off",
+        switch=("off", "all"),
+        help="Decoder layers whose activations are computed again in the backward pass, to save memory: off, all,"
+        " every_2 (every second one; any number), or auto (as few as the free memory needs); true and false are taken",
+    )
+    offload_activations: bool = setting(False, help="Keep activations in the main memory until backward; CUDA only")
+    cache_frozen_prefix: bool = setting(
+        False,
+        help="Compute the layers below the first trained one once per row and read them from a file in later epochs",
+    )
+    compile: bool = setting(False, help="torch.compile the decoder layers; pays on CUDA, not on the CPU")
     deterministic: bool = setting(False, help="Use deterministic kernels on CUDA, slower")
     threads: int | None = setting(None, ge=1, help="CPU threads of torch")
     on_nonfinite: str = setting(
@@ -142,6 +159,12 @@ class TrainingConfig:
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             yield Problem(key="betas", message="betas are two numbers from 0 to below 1", hint="[0.9, 0.999]")
+        if not re.fullmatch(r"off|all|auto|every_[1-9]\d*", self.gradient_checkpointing):
+            yield Problem(
+                key="gradient_checkpointing",
+                message=f"{self.gradient_checkpointing!r} is not allowed",
+                hint="off, all, auto, or every_N such as every_2",
+            )
         for name in ("lr", "weight_decay", "eps", "max_grad_norm"):
             if not math.isfinite(getattr(self, name)):
                 yield Problem(key=name, message="the number must be finite", hint="inf and nan are no settings")

@@ -151,8 +151,11 @@ class Structurer:
                 self._add(key, f"a list of tables is wanted, not {_describe(value)}", f"each has the keys {wanted}")
                 return None
             return tuple(self.structure(item, entry, f"{key}.{index}.") for index, entry in enumerate(value))
-        if setting_info(attribute).single and not isinstance(value, list):
+        info = setting_info(attribute)
+        if info.single and not isinstance(value, list):
             value = [value]
+        if info.switch is not None and isinstance(value, bool):
+            value = info.switch[value]
         try:
             result = self._leaf(kind, value)
         except _WrongType as error:

@@ -43,6 +43,10 @@ class AdaptedModule(nn.Module):
             if not name.startswith("base_layer."):
                 yield name, parameter
 
+    def release(self) -> nn.Module:
+        """The base layer as it was before it was wrapped; a subclass that lays its weight out anew undoes that here."""
+        return self.base_layer
+
     @property
     def changed_parameters(self) -> tuple[str, ...]:
         """The names in ``base_layer`` of the parameters that a merge changes."""

@@ -1,5 +1,9 @@
 """LoRALinear: y = base(x) + scaling * dropout(x) A^T B^T.
 
+Notable: where the base is a plain frozen linear module, both terms are one matrix product (``lora/product.py``). For
+that the base weight lies beside B's columns in one tensor of which ``base_layer.weight`` is a view. Nobody sees it:
+``state_dict``, ``unwrap``, a move to another device and a phase that trains the base get the weight as it was.
+
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
 The rank-stabilised scaling alpha / sqrt(r) is from Kalajdzievski, "A Rank Stabilization Scaling Factor" (2023).
 Suffixes of tensor names: _NI rows x in_features, _NR rows x rank, _NO rows x out_features, _RI and _OR likewise.
@@ -8,12 +12,14 @@ Suffixes of tensor names: _NI rows x in_features, _NR rows x rank, _NO rows x ou
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from eulerforge.lora.adapted import AdaptedLinear
+from eulerforge.lora.product import augmented, low_rank
 
 
 class LoRALinear(AdaptedLinear):
@@ -58,13 +64,55 @@ class LoRALinear(AdaptedLinear):
             nn.init.kaiming_uniform_(init_RI, a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(init_RI.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        self._joined: torch.Tensor | None = None
 
-    def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
-        base_NO = self.base_layer(x_NI)
-        dropped_NI = F.dropout(x_NI, self.dropout, self.training) if self.dropout else x_NI
-        low_NR = F.linear(dropped_NI, self.lora_A.to(x_NI.dtype))
-        # scaling on the r columns of B costs less than on the out_features columns of the result
-        return base_NO + F.linear(low_NR, (self.lora_B * self.scaling).to(x_NI.dtype))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if torch.compiler.is_compiling():  # what the compiler sees through, and fuses by itself
+            low = F.linear(F.dropout(x, dropout) if dropout else x, self.lora_A.to(x.dtype))
+            return self.base_layer(x) + F.linear(low, (self.lora_B * self.scaling).to(x.dtype))
+        if self._joins(x):
+            return augmented(x, self.lora_A, self.lora_B, self._joined_weight(), self.bias, self.scaling, dropout)
+        self.release()
+        base: torch.Tensor = self.base_layer(x)
+        return base + low_rank(x, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    def _joins(self, x: torch.Tensor) -> bool:
+        """Whether the base is a plain frozen product in x's precision, which one product with the path can compute."""
+        base = self.base_layer
+        plain = type(base).forward is nn.Linear.forward and "forward" not in vars(base)
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        weight, bias = self.weight, self.bias
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        amp = torch.is_autocast_enabled(x.device.type)
+        return plain and not (hooked or trained or amp) and x.dtype == weight.dtype and x.device.type != "meta"
+
+    def _joined_weight(self) -> torch.Tensor:
+        """(out_features, in_features + r): the base weight, which lies here and nowhere else, and room for B."""
+        joined, weight = self._joined, self.weight
+        # whoever moved or replaced the weight since is right: the view is made anew
+        if joined is None or joined.data_ptr() != weight.data_ptr() or joined.stride() != weight.stride():
+            joined = weight.new_empty(self.out_features, self.in_features + self.r)
+            joined[:, : self.in_features].copy_(weight.detach())
+            weight.data = joined[:, : self.in_features]
+            self._joined = joined
+        return joined
+
+    def release(self) -> nn.Module:
+        """The base layer with its weight as a tensor of its own, contiguous, bit for bit; a later pass joins anew."""
+        if self._joined is not None:
+            self.weight.data = self.weight.data.contiguous()
+            self._joined = None
+        return self.base_layer
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's; a weight that is a part of a larger tensor could not be saved."""
+        self.release()
+        return super().state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
+        self.release()  # moving or casting the weight moves nothing else
+        return super()._apply(fn, recurse)
 
     def delta(self) -> torch.Tensor:
         """scaling * lora_B @ lora_A in fp32, shape (out_features, in_features)."""

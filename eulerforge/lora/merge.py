@@ -43,7 +43,7 @@ def merge_in_place(model: nn.Module, linear_ops: Callable[[nn.Module], LinearOps
     """
     found = list(adapted_modules(model))
     for path, module in found:
-        merged = module.base_layer
+        merged = module.release()
         if isinstance(module, AdaptedLinear):
             merged = linear_ops(merged).plain(merged, merged_weight(module, linear_ops))
         else:

@@ -82,5 +82,5 @@ def unwrap(model: nn.Module) -> int:
     """Put every base layer back, unchanged to the bit; give back how many there were."""
     found = list(adapted_modules(model))
     for path, module in found:
-        replace_module(model, path, module.base_layer)
+        replace_module(model, path, module.release())
     return len(found)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +14,20 @@ import torch
 from eulerforge.api import InjectionReport
 from eulerforge.config.schema import RunConfig
 from eulerforge.data.batches import pad_id
-from eulerforge.data.packing import Layout, token_budget
+from eulerforge.data.packing import Layout, Lines, token_budget
 from eulerforge.data.prepared import Datasets, build_dataset
 from eulerforge.errors import PluginError, UsageError
 from eulerforge.lora.apply import Injected
 from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model, load_tokenizer, model_types
 from eulerforge.models.source import BaseSource
+from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.isolation import Isolation, isolate, prove
-from eulerforge.training.phases import PhasePlan
+from eulerforge.training.memory import gib
+from eulerforge.training.phases import PhasePlan, enter_phase
+from eulerforge.training.prefix import FrozenPrefix, first_trained_layer
+from eulerforge.training.recompute import Kept, every_of, measured_every, recompute_layers
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -51,11 +56,20 @@ class Run:
     out: Path
     layout: Layout
     isolation: Isolation
+    kept: Kept
+    prefix: FrozenPrefix | None = None
     warnings: tuple[str, ...] = ()
 
     @property
     def pad_id(self) -> int:
         return pad_id(self.tokenizer)
+
+    @contextmanager
+    def forward(self, lines: Lines) -> Iterator[None]:
+        """What a training forward pass over these rows runs in."""
+        reads = self.prefix.reading(self.datasets.train, lines, self.device) if self.prefix else nullcontext()
+        with self.kept.forward(self.model), reads:
+            yield
 
     @property
     def eval_batch_size(self) -> int:
@@ -106,10 +120,13 @@ def assemble(
     warnings = [*injected.warnings, *phases.warnings]
     if loaded.dtype == torch.float16:
         warnings.append("fp16 gradients can underflow in the base; bf16 or fp32 are safer (model.load_precision.mode)")
-    if config.training.gradient_checkpointing:
-        enable_gradient_checkpointing(loaded.model)
     layout, isolation = _layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)
     say(isolation.line(layout.packing))
+    layers = list(injected.adapter.find_transformer_layers(loaded.model))
+    prefix = _prefix(loaded.model, phases, datasets, say) if config.training.cache_frozen_prefix else None
+    kept = _kept(config, loaded.model, layers, layout, phases, device, say)
+    if config.training.compile:
+        warnings += compile_layers(layers, device)
     return Run(
         config=config,
         model=loaded.model,
@@ -125,6 +142,8 @@ def assemble(
         out=out,
         layout=layout,
         isolation=isolation,
+        kept=kept,
+        prefix=prefix,
         warnings=tuple(warnings),
     )
 
@@ -166,6 +185,47 @@ def _isolation(config: RunConfig, registry: Registry, model: Any, injected: Inje
     return isolate(model, spec, adapter, keep_attention=config.model.attn_implementation != "auto")
 
 
+def _prefix(model: Any, phases: PhasePlan, datasets: Datasets | None, say: Say) -> FrozenPrefix | None:
+    """Room for what the frozen layers give for every row; None without rows."""
+    first = first_trained_layer(model, phases.trained_names)
+    if datasets is None:
+        return None
+    width, tokens = int(model.config.get_text_config().hidden_size), int(datasets.train.lengths.sum())
+    prefix = FrozenPrefix(model.get_decoder(), first, tokens=tokens, width=width, dtype=model.dtype)
+    prefix.prove(model)
+    say(f"layers 0 to {first - 1} are computed once per row: {gib(prefix.bytes)} on the disk")
+    return prefix
+
+
+def _kept(
+    config: RunConfig,
+    model: Any,
+    layers: list[Any],
+    layout: Layout,
+    phases: PhasePlan,
+    device: torch.device,
+    say: Say,
+) -> Kept:
+    """Which layers are computed again, and whether activations leave the GPU."""
+    training = config.training
+    if training.offload_activations and device.type != "cuda":
+        raise UsageError(
+            f"activations are in the main memory already: the device is {device}",
+            key="training.offload_activations",
+            hint="--set training.offload_activations=false; training.gradient_checkpointing=all needs less memory",
+        )
+    every = every_of(training.gradient_checkpointing)
+    if every is None:
+        enter_phase(model, phases, phases.at(0))
+        trained = set(phases.trained_names)
+        size = sum(tensor.numel() * 4 for name, tensor in model.named_parameters() if name in trained)
+        positions = layout.most_positions(training.batch_size * training.grad_accum_steps)
+        every, line = measured_every(model, positions, size, device)
+        say(line)
+    recompute_layers(model, layers, every)
+    return Kept(every=every, offload=training.offload_activations)
+
+
 def prepare_torch(config: RunConfig, device: torch.device) -> None:
     """Threads and deterministic kernels, as the preset asks for them."""
     if config.training.threads is not None:
@@ -175,11 +235,3 @@ def prepare_torch(config: RunConfig, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def enable_gradient_checkpointing(model: Any) -> None:
-    """transformers' own, non-reentrant, which is exact with frozen embeddings too."""
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

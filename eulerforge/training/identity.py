@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from eulerforge.plugins.records import PluginRecord
     from eulerforge.training.assemble import Run
 
-FREE_TRAINING = ("log_steps", "save_steps", "val_steps", "gradient_checkpointing", "threads", "max_skipped_steps")
+FREE_TRAINING = (
+    "log_steps",
+    "save_steps",
+    "val_steps",
+    "gradient_checkpointing",
+    "offload_activations",
+    "threads",
+    "max_skipped_steps",
+)
 """Keys of ``training`` that do not change what is trained; ``threads`` is soft, through the receipt."""
 
 STEPS_KEY = "training.max_train_steps"

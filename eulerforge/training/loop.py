@@ -82,7 +82,8 @@ def train_loop(
         loss, grad_norm, fault, suspects = 0.0, None, "", []
         for micro, batch in enumerate(batches):
             torch.manual_seed(micro_batch_seed(run.config.seed, step, micro))
-            loss_sum, _ = label_token_loss(model, batch)
+            with run.forward(micro_batches[micro]):
+                loss_sum, _ = label_token_loss(model, batch)
             value = float(loss_sum.detach())
             if not math.isfinite(value):
                 fault, suspects = f"the loss of step {step + 1} is {value}", micro_batches[micro]

@@ -1,9 +1,10 @@
 """The loss: summed cross entropy over the label tokens, and nothing computed for the others.
 
-Notable: only positions whose next token is a label go through the output embedding, and when their logits would be
-large they go in chunks that are computed again in the backward pass. The logits of 2048 tokens at a vocabulary of
-248,320 are 2 GB in fp32, more than many a base model.
-Suffixes of tensor names: B rows, T positions, N label tokens, H hidden width, V vocabulary.
+Notable: the head's product, the softmax and the gradient of the hidden states happen in one pass, chunk by chunk, and
+a chunk's logits turn into their own gradient where they lie. So the loss needs ``CHUNK_BYTES`` and no more, whatever
+the vocabulary and however many tokens: fp32 logits of 2048 tokens at a vocabulary of 248,320 are 2 GB, more than many
+a base model. The slow reference beside it in the tests is ``F.cross_entropy(head(hidden).float())``.
+Suffixes of tensor names: N label tokens, C of them in a chunk, K in a block, H hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,37 +14,33 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from eulerforge.data.batches import Batch
-
-IGNORED = -100
-LOGIT_BYTES = 256 << 20
-"""fp32 logits above this size are cut into chunks."""
-
-
-def label_token_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Summed loss (fp32 scalar, differentiable) of a right-padded batch, and how many label tokens it is a sum over."""
-    hidden_BTH = model.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    next_labels_BT = batch.labels[:, 1:]
-    is_label_BT = next_labels_BT != IGNORED
-    hidden_NH = hidden_BTH[:, :-1][is_label_BT]
-    labels_N = next_labels_BT[is_label_BT]
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return summed_cross_entropy(model.get_output_embeddings(), hidden_NH, labels_N, softcap), len(labels_N)
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+"""Logits of a chunk, in the head's precision. A GPU needs more rows at once before its product is fast."""
+BLOCK_NUMBERS = 1 << 20
+"""fp32 numbers of a block on the CPU: softmax and gradient of these stay in the cache."""
 
 
 def summed_cross_entropy(
     head: nn.Module, hidden_NH: torch.Tensor, labels_N: torch.Tensor, softcap: float | None = None
 ) -> torch.Tensor:
-    """Sum over N of -log p(label), from fp32 logits that are never all there at once when they are large."""
-    vocabulary = int(head.weight.shape[0])  # type: ignore[union-attr, index]
-    chunk = max(1, LOGIT_BYTES // (4 * vocabulary))
-    if len(labels_N) <= chunk:
-        return _chunk_loss(head, hidden_NH, labels_N, softcap)
-    total = hidden_NH.new_zeros((), dtype=torch.float32)
+    """Sum over N of -log p(label), fp32 (float64 from float64 states); differentiable once.
+
+    Args:
+        head: hidden states to logits. A plain ``nn.Linear`` takes the one-pass way; any other module (quantized,
+            hooked, adapted) is called as it is and its logits are computed again in the backward pass.
+        hidden_NH: the hidden states of the label tokens alone.
+        labels_N: int64 ids below the vocabulary size.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` first.
+    """
+    if is_plain(head, hidden_NH):
+        loss: torch.Tensor = _LinearCrossEntropy.apply(hidden_NH, head.weight, head.bias, labels_N, softcap)
+        return loss
+    total = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
+    # the logits of the checkpoint, their fp32 copy and its gradient are all there at once
+    chunk = _chunk_rows(_vocabulary(head, hidden_NH), 12, hidden_NH.device)
     for start in range(0, len(labels_N), chunk):
         part_CH, part_C = hidden_NH[start : start + chunk], labels_N[start : start + chunk]
         total = total + checkpoint(
@@ -52,10 +49,108 @@ def summed_cross_entropy(
     return total
 
 
+def is_plain(head: nn.Module, hidden_NH: torch.Tensor) -> bool:
+    """Whether the head computes exactly ``hidden @ weight.T + bias``, in the precision of the hidden states."""
+    if type(head).forward is not nn.Linear.forward or torch.is_autocast_enabled(hidden_NH.device.type):
+        return False
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    replaced = "forward" in vars(head)
+    return not any(hooks) and not replaced and head.weight.dtype == hidden_NH.dtype  # type: ignore[union-attr]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradients in the forward pass; the backward pass multiplies them by the gradient of the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        labels_N: torch.Tensor,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        exact = torch.promote_types(hidden_NH.dtype, torch.float32)
+        total = torch.zeros((), dtype=exact, device=hidden_NH.device)
+        grad_hidden_NH = torch.empty_like(hidden_NH, memory_format=torch.contiguous_format) if wants_hidden else None
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=exact) if wants_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=exact) if wants_bias and bias_V is not None else None
+        chunk = _chunk_rows(len(weight_VH), hidden_NH.element_size(), hidden_NH.device)
+        for start in range(0, len(labels_N), chunk):
+            part_CH, labels_C = hidden_NH[start : start + chunk], labels_N[start : start + chunk]
+            logits_CV = F.linear(part_CH, weight_VH, bias_V)
+            total += _loss_and_gradient_in_place(logits_CV, labels_C, softcap, exact, any(ctx.needs_input_grad))
+            if grad_hidden_NH is not None:
+                torch.mm(logits_CV, weight_VH, out=grad_hidden_NH[start : start + chunk])
+            if grad_weight_VH is not None:
+                grad_weight_VH += logits_CV.T @ part_CH
+            if grad_bias_V is not None:
+                grad_bias_V += logits_CV.sum(0, dtype=exact)
+            del logits_CV  # before the next chunk's are made
+        ctx.save_for_backward(grad_hidden_NH, grad_weight_VH, grad_bias_V)
+        ctx.dtypes = weight_VH.dtype, bias_V.dtype if bias_V is not None else None
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        grad_hidden_NH, grad_weight_VH, grad_bias_V = ctx.saved_tensors
+        return (
+            grad_hidden_NH * grad.to(grad_hidden_NH.dtype) if grad_hidden_NH is not None else None,
+            (grad_weight_VH * grad).to(ctx.dtypes[0]) if grad_weight_VH is not None else None,
+            (grad_bias_V * grad).to(ctx.dtypes[1]) if grad_bias_V is not None else None,
+            None,
+            None,
+        )
+
+
+def _loss_and_gradient_in_place(
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, softcap: float | None, exact: torch.dtype, wants_gradient: bool
+) -> torch.Tensor:
+    """The chunk's summed loss; with ``wants_gradient`` its gradient overwrites the logits. Sums are in ``exact``."""
+    rows, vocabulary = logits_CV.shape
+    block = rows if logits_CV.device.type != "cpu" else max(1, BLOCK_NUMBERS // vocabulary)
+    total = torch.zeros((), dtype=exact, device=logits_CV.device)
+    room_KV = torch.empty(min(block, rows), vocabulary, dtype=exact, device=logits_CV.device)
+    for start in range(0, rows, block):
+        logits_KV, labels_K1 = logits_CV[start : start + block], labels_C[start : start + block, None]
+        work_KV = room_KV[: len(logits_KV)].copy_(logits_KV)
+        slope_KV = None
+        if softcap is not None:
+            work_KV.div_(softcap).tanh_()
+            slope_KV = 1 - work_KV.square() if wants_gradient else None
+            work_KV.mul_(softcap)
+        label_logits_K1 = work_KV.gather(1, labels_K1)
+        largest_K1 = work_KV.amax(1, keepdim=True)
+        sums_K1 = work_KV.sub_(largest_K1).exp_().sum(1, keepdim=True)
+        total += (largest_K1 + sums_K1.log() - label_logits_K1).sum()
+        if wants_gradient:
+            work_KV.div_(sums_K1)
+            work_KV[torch.arange(len(work_KV), device=work_KV.device), labels_K1[:, 0]] -= 1
+            if slope_KV is not None:
+                work_KV.mul_(slope_KV)
+            logits_KV.copy_(work_KV)
+    return total
+
+
 def _chunk_loss(
     head: nn.Module, hidden_CH: torch.Tensor, labels_C: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
-    logits_CV = head(hidden_CH).float()
+    logits_CV = head(hidden_CH)
+    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     if softcap is not None:
         logits_CV = torch.tanh(logits_CV / softcap) * softcap
     return F.cross_entropy(logits_CV, labels_C, reduction="sum")
+
+
+def _chunk_rows(vocabulary: int, bytes_each: int, device: torch.device) -> int:
+    budget = CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    return max(1, budget // (bytes_each * vocabulary))
+
+
+@torch.no_grad()
+def _vocabulary(head: nn.Module, hidden_NH: torch.Tensor) -> int:
+    """Logits of one row; a quantized head's weight has another shape."""
+    features = getattr(head, "out_features", None)
+    return int(features) if features is not None else int(head(hidden_NH.new_zeros(1, hidden_NH.shape[1])).shape[-1])

@@ -62,8 +62,8 @@ def advice(config: RunConfig) -> str:
             f"training.batch_size={smaller} with training.grad_accum_steps={accum} (now {training.batch_size} and "
             f"{training.grad_accum_steps}; the result stays the same)"
         )
-    if not training.gradient_checkpointing:
-        parts.append("training.gradient_checkpointing=true")
+    if training.gradient_checkpointing != "all":
+        parts.append("training.gradient_checkpointing=all")
     parts.append(f"a smaller data.max_length (now {config.data.max_length})")
     rank = getattr(config.injection, "lora_r", None)
     if rank is not None and rank > 1:

@@ -69,7 +69,7 @@ def test_the_evaluation_batch_is_the_training_batch_unless_it_is_named(make_run:
 
 def test_gradient_checkpointing_keeps_less_and_computes_the_same(make_run: Callable[..., Any]) -> None:
     from eulerforge.data.batches import collate
-    from eulerforge.training.loss import label_token_loss
+    from eulerforge.training.forward import label_token_loss
     from eulerforge.training.phases import enter_phase
 
     kept, gradients = [], []
@@ -84,4 +84,5 @@ def test_gradient_checkpointing_keeps_less_and_computes_the_same(make_run: Calla
         loss.backward()
         gradients.append([parameter.grad for parameter in trainable])
     assert kept[1] < kept[0] / 2
-    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
+    for plain, again in zip(*gradients, strict=True):  # a product may round otherwise where its operands lie otherwise
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-7)

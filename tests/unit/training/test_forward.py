@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from eulerforge.data.packing import Layout
 from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.testing.tiny_models import tiny_model
-from eulerforge.training.assemble import enable_gradient_checkpointing
 from eulerforge.training.forward import label_token_loss
 from eulerforge.training.isolation import isolate
+from eulerforge.training.recompute import enable_gradient_checkpointing
 
 from .packed_rows import random_rows
 from .test_isolation import MixerAdapter, spec

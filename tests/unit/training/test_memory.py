@@ -43,7 +43,7 @@ def test_out_of_memory_becomes_advice_with_the_run_s_numbers(tmp_path: Path, err
     parts = [
         "model.load_precision.mode=int4 (now fp32)",
         "training.batch_size=3 with training.grad_accum_steps=4 (now 6 and 2",
-        "training.gradient_checkpointing=true",
+        "training.gradient_checkpointing=all",
         "data.max_length (now 128)",
         "injection.lora_r (now 4)",
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from eulerforge.config.schema import TrainingConfig
-from eulerforge.errors import ConfigError
+from eulerforge.errors import CheckpointError, ConfigError
 from eulerforge.training.optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 
@@ -110,3 +111,68 @@ def test_a_weight_below_fp32_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"group second: b is bfloat16") as refused:
         make_optimizer(model, GROUPS, config())
     assert "fp32" in (refused.value.problems[0].hint or "")
+
+
+class Large(nn.Module):
+    """One vector that bitsandbytes keeps in 8 bits, and one that is too small for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Parameter(torch.randn(64, 128))
+        self.b = nn.Parameter(torch.randn(3))
+
+
+def large_steps(model: Large, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for number in range(first, last):
+        random = torch.Generator().manual_seed(number)
+        for parameter in (model.a, model.b):
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+        optimizer.step()
+
+
+def test_eight_bits_stay_close_to_fp32_and_resume_bit_for_bit() -> None:
+    pytest.importorskip("bitsandbytes", reason="the 8-bit optimizers are bitsandbytes' own")
+    exact, straight, resumed = Large(), Large(), Large()
+    start = exact.a.detach().clone()
+    optimizers = [make_optimizer(model, GROUPS, config(optimizer=name, lr=0.01)) for model, name in (
+        (exact, "adamw"), (straight, "adamw_8bit"))]  # fmt: skip
+    for model, optimizer in zip((exact, straight), optimizers, strict=True):
+        large_steps(model, optimizer, 0, 5)
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizers[1], straight).items()}
+    assert saved["a:state1"].dtype == torch.uint8
+    assert saved["b:state1"].dtype == torch.float32
+    assert int(saved["a:step"]) == 5
+    resumed.load_state_dict(straight.state_dict())
+    other = make_optimizer(resumed, GROUPS, config(optimizer="adamw_8bit", lr=0.01))
+    load_optimizer_tensors(other, resumed, saved)
+    large_steps(straight, optimizers[1], 5, 9)
+    large_steps(resumed, other, 5, 9)
+    assert torch.equal(straight.a, resumed.a)
+    assert torch.equal(straight.b, resumed.b)
+    large_steps(exact, optimizers[0], 5, 9)
+    assert (straight.a - exact.a).norm().item() < 0.1 * (exact.a - start).norm().item()
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    pytest.importorskip("bitsandbytes", reason="the 8-bit optimizers are bitsandbytes' own")
+    model = Large()
+    optimizers = [make_optimizer(model, GROUPS, config(optimizer=name)) for name in ("adamw", "adamw_8bit")]
+    for optimizer in optimizers:
+        large_steps(model, optimizer, 0, 1)
+    for mine, other in (optimizers, optimizers[::-1]):
+        with pytest.raises(CheckpointError, match="another optimizer"):
+            load_optimizer_tensors(mine, model, optimizer_tensors(other, model))
+
+
+def test_a_paged_optimizer_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="moves its state out of a GPU") as refused:
+        make_optimizer(Large(), GROUPS, config(optimizer="paged_adamw_8bit"))
+    assert "adamw_8bit" in (refused.value.problems[0].hint or "")
+
+
+def test_bitsandbytes_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="needs bitsandbytes") as refused:
+        make_optimizer(Large(), GROUPS, config(optimizer="adamw_8bit"))
+    assert "eulerforge-core[qlora]" in (refused.value.problems[0].hint or "")
