@@ -145,7 +145,7 @@ def test_compiled_layers_keep_their_names_and_their_numbers(make_run: Callable[.
     run = make_run()
     names = [name for name, _ in run.model.named_parameters()]
     whole, _ = gradients(run)
-    lines = compile_layers(run.model.get_decoder().layers, torch.device("cpu"), backend="aot_eager")
+    lines = compile_layers(run.model.get_decoder().layers[1:2], torch.device("cpu"), backend="aot_eager")
     assert "does not pay" in lines[0]
     again, _ = gradients(run)
     assert [name for name, _ in run.model.named_parameters()] == names
