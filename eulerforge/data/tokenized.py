@@ -82,6 +82,11 @@ class TokenizedRows:
         """How many tokens there are."""
         return int(self.lengths.sum())
 
+    @property
+    def highest_id(self) -> int:
+        """The highest token id of the arrays, rows that are not picked included; -1 without any."""
+        return int(self.tokens.max()) if len(self.tokens) else -1
+
     @cached_property
     def label_tokens(self) -> int:
         """How many tokens are trained."""

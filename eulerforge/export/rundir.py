@@ -151,6 +151,12 @@ def open_base(
             key="model_name",
             hint="put the old weights back, or train again",
         )
+    if weights["config_sha256"] != location.state.identity.get("model_name.config", weights["config_sha256"]):
+        raise CheckpointError(
+            f"{loaded.source.name} is not the base that the run was trained on: its config.json has changed",
+            key="model_name.config",
+            hint="put the old config.json back, or train again",
+        )
     return OpenBase(
         location=location,
         run=run,

@@ -15,6 +15,7 @@ from pathlib import Path
 from eulerforge.config.atomic import commit_folder
 from eulerforge.config.cachedir import cache_root
 from eulerforge.errors import ModelError
+from eulerforge.models.soundness import check_folder
 
 FORMAT = 1
 """Raised whenever the conversion's result changes, so that old entries are not used."""
@@ -25,8 +26,14 @@ def converted_folder(path: Path, *, say: Callable[[str], None] | None = None) ->
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_root() / "models" / f"{path.stem}-{digest[:16]}-{FORMAT}"
-    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
-        return folder
+    if folder.is_dir():
+        try:
+            check_folder(folder)
+            return folder
+        except ModelError as error:
+            if say is not None:
+                say(f"the converted model in the cache is damaged ({error}): it is made again")
+            shutil.rmtree(folder)
     if say is not None:
         say(f"converting {path.name} once into the cache")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +66,7 @@ def _convert(path: Path, out: Path) -> None:
                 dtype=torch.float32,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except (ValueError, OSError, RuntimeError, KeyError) as error:
+        except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
                 f"{path.name} cannot be converted: {first}",

@@ -17,6 +17,7 @@ from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError
 from eulerforge.models.device import base_dtype
 from eulerforge.models.quantized import QUANTIZED_MODES, import_bitsandbytes, plan_from_config, replace_layers
+from eulerforge.models.soundness import check_folder, refuse_not_finite
 from eulerforge.models.source import BaseSource, resolve_source
 
 
@@ -46,9 +47,10 @@ def load_tokenizer(run: RunConfig, *, say: Callable[[str], None] | None = None) 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
+    check_folder(folder, weights=False)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, use_fast=True)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:
         raise ModelError(
             f"no tokenizer can be loaded from {folder.name}: {_first_line(error)}",
             key="model_name",
@@ -66,6 +68,7 @@ def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], Non
     from transformers.utils import logging as hf_logging
 
     source = resolve_source(run.model_name, revision=run.model.revision, say=say)
+    check_folder(source.folder)
     precision = run.model.load_precision
     dtype = base_dtype(precision, device)
     plan = None
@@ -94,9 +97,14 @@ def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], Non
             hint="--debug shows the whole error; a model with code of its own needs model.trust_remote_code = true",
         ) from error
     _refuse_incomplete(source, info)
-    model.config.use_cache = False
+    if say is not None and (more := sorted(info.get("unexpected_keys", ()))):
+        say(f"warning: {source.name}: {len(more)} tensors have no place in the model and are left out, {more[0]} first")
+    if plan is None:
+        model.to(device)
+    refuse_not_finite(model, source.name)
     if plan is not None:
         replace_layers(model, plan, device)
+    model.config.use_cache = False
     return LoadedModel(
         model=model.to(device).eval(),
         tokenizer=_tokenizer(source.folder, run.model.trust_remote_code),

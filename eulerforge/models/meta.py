@@ -13,6 +13,7 @@ import torch
 
 from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError
+from eulerforge.models.soundness import check_folder
 from eulerforge.models.source import resolve_source
 
 
@@ -27,9 +28,12 @@ def meta_model(run: RunConfig) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    location = _config_location(run)
+    if isinstance(location, Path):
+        check_folder(location, weights=False)
     trust = run.model.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(_config_location(run), revision=run.model.revision, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(location, revision=run.model.revision, trust_remote_code=trust)
         # the meta device draws no numbers, but a class with code of its own may
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust).eval()

@@ -20,6 +20,7 @@ from eulerforge.errors import PluginError, UsageError
 from eulerforge.lora.apply import Injected
 from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model, load_tokenizer, model_types
+from eulerforge.models.soundness import refuse_ids_beyond
 from eulerforge.models.source import BaseSource
 from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
@@ -118,6 +119,12 @@ def assemble(
     loaded = load_model(config, device=device, say=say)
     injected, groups, phases = inject_and_plan(config, registry, loaded.model)
     warnings = [*injected.warnings, *phases.warnings]
+    rows = int(loaded.model.get_input_embeddings().weight.shape[0])
+    highest = datasets.train.highest_id if datasets is not None else None
+    if beyond := refuse_ids_beyond(rows, loaded.tokenizer, highest=highest, name=loaded.source.name):
+        warnings.append(beyond)
+    if config.model.trust_remote_code:
+        warnings.append("model.trust_remote_code is on: Python code that comes with the model has run in this process")
     if loaded.dtype == torch.float16:
         warnings.append("fp16 gradients can underflow in the base; bf16 or fp32 are safer (model.load_precision.mode)")
     layout, isolation = _layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)

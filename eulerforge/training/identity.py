@@ -61,6 +61,7 @@ def identity(run: Run, registry: Registry, weights: Mapping[str, Any], total_ste
         "data.validation": validation.sha256 if validation is not None else None,
         "data.packing": run.layout.packing,
         "model_name": weights["sha256"],
+        "model_name.config": weights.get("config_sha256"),
         "model.attn_implementation": config.model.attn_implementation,
         "device": run.device.type,
         "seed": config.seed,

@@ -25,13 +25,27 @@ LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "pluggy", "at
 
 
 def base_weights(folder: Path) -> dict[str, Any]:
-    """Size and content hash of every safetensors file of a base model, and one hash over all of them."""
+    """Size and content hash of every safetensors file of a base model, one over all of them, and its config's.
+
+    ``config_sha256`` is of the values of config.json alone, without those that only say who wrote it.
+    """
     files = {
         path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.glob("*.safetensors"))
     }
     joined = "".join(f"{name}:{facts['sha256']}\n" for name, facts in files.items())
-    return {"sha256": hashlib.sha256(joined.encode()).hexdigest(), "files": files}
+    return {"sha256": _text_hash(joined), "config_sha256": config_sha256(folder), "files": files}
+
+
+def config_sha256(folder: Path) -> str:
+    """Hash of what config.json says of the model: a changed ``rope_theta`` is another base with the same weights."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    told = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
+    return _text_hash(json.dumps(told, sort_keys=True))
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: str) -> dict[str, Any]:
@@ -61,7 +75,12 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: 
         "coverage": {"allow_partial": run.report.allow_partial, "gaps": list(run.report.gaps)},
         "seed": run.config.seed,
         "packing": {**run.isolation.to_json(run.layout.packing), "token_budget": run.layout.token_budget},
-        "base": {"name": run.source.name, "kind": run.source.kind, **weights},
+        "base": {
+            "name": run.source.name,
+            "kind": run.source.kind,
+            **weights,
+            "code_of_its_own": run.config.model.trust_remote_code,
+        },
         "data": {
             "train_sha256": run.datasets.train.sha256,
             "validation_sha256": validation.sha256 if validation is not None else None,

@@ -1,0 +1,211 @@
+"""What can be told of a model folder by looking: files that are damaged, absent, or do not belong together.
+
+Only JSON files and the headers of safetensors are read here; transformers would fail on some of this with an error of
+its own inner workings, and take the rest as it is.
+A header is the length of a JSON text (8 bytes, little endian) and the text: {name: {dtype, shape, data_offsets}}.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eulerforge.errors import ModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TEMPLATE = "chat_template.jinja"
+JSON_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+HINT = "get the base model again"
+MAX_HEADER = 100 << 20
+"""Bytes; safetensors itself takes no longer one."""
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def check_folder(folder: Path, *, weights: bool = True) -> None:
+    """Look at every file that a run reads; without ``weights`` at configuration and tokenizer alone.
+
+    Raises:
+        ModelError: it names the file and what is wrong with it.
+    """
+    found = {name: _json_object(folder / name) for name in JSON_FILES if _lies_there(folder / name)}
+    if "tokenizer.json" in found and "tokenizer_config.json" not in found:
+        raise _wrong(
+            folder / "tokenizer_config.json", "is not there: the tokens that begin and end a text would be unknown"
+        )
+    if _lies_there(folder / TEMPLATE):
+        _check_template(folder / TEMPLATE)
+    if not weights:
+        return
+    quantized = "quantization_config" in found.get("config.json", {})
+    single = folder / SINGLE
+    if _lies_there(single):
+        _check_header(single, quantized=quantized)
+    elif _lies_there(folder / INDEX):
+        _check_shards(folder, _json_object(folder / INDEX), quantized=quantized)
+
+
+def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
+    """One pass over the weights, where they are: a NaN would make every number of a run NaN.
+
+    Raises:
+        ModelError: it names the first tensor.
+    """
+    wrong = [
+        key
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor)
+    ]
+    if wrong:
+        raise ModelError(
+            f"{name}: {len(wrong)} tensors hold NaN or infinity, {wrong[0]} first",
+            key="model_name",
+            hint=f"the weights are damaged: {HINT}; fp16 weights may also have overflowed",
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """A sum is finite only if all of its parts are, and needs no room; where it overflows, every part is looked at."""
+    with torch.no_grad():
+        total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+def refuse_ids_beyond(rows: int, tokenizer: Any, *, highest: int | None, name: str) -> str | None:
+    """Refuse token ids that the embedding, of ``rows`` rows, has no row for.
+
+    Args:
+        highest: the highest id of the data; None when there is none yet.
+
+    Returns:
+        A warning where the tokenizer knows such ids and the data does not use them; some models are made so.
+
+    Raises:
+        ModelError: the data or the tokenizer's own special tokens use one.
+    """
+    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    top = max(vocabulary.values(), default=-1)
+    if top < rows:
+        return None
+    used = {
+        "end-of-text": tokenizer.eos_token_id,
+        "begin-of-text": tokenizer.bos_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    for what, token in used.items():
+        if token is not None and token >= rows:
+            raise _beyond(name, f"the {what} token has the id {token}", rows)
+    if highest is not None and highest >= rows:
+        token = next((text for text, index in vocabulary.items() if index == highest), "")
+        raise _beyond(name, f"a row of the data holds the id {highest} ({token!r})", rows)
+    beyond = sum(index >= rows for index in vocabulary.values())
+    return f"the tokenizer knows {beyond} tokens that the model's embedding of {rows:,} rows does not hold"
+
+
+def _beyond(name: str, what: str, rows: int) -> ModelError:
+    return ModelError(
+        f"{name}: tokenizer and model do not belong together: {what}, and the embedding has {rows:,} rows",
+        key="model_name",
+        hint="take tokenizer and model from one place, or rows without this token",
+    )
+
+
+def _lies_there(path: Path) -> bool:
+    """Whether anything has this name, be it a dead link."""
+    return path.exists() or path.is_symlink()
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise _wrong(path, f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise _wrong(path, "is not UTF-8") from error
+    except RecursionError as error:
+        raise _wrong(path, "is nested too deeply") from error
+    except ValueError as error:
+        raise _wrong(path, f"is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise _wrong(path, "is not a JSON object")
+    return value
+
+
+def _check_template(path: Path) -> None:
+    import jinja2
+
+    try:
+        text = path.read_bytes().decode("utf-8")
+        # transformers' own tag marks what is trained; jinja itself does not know it
+        jinja2.Environment(autoescape=True, extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", text))
+    except OSError as error:
+        raise _wrong(path, f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise _wrong(path, "is not UTF-8") from error
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise _wrong(path, f"is no chat template: {error}") from error
+    if "messages" not in text:
+        raise _wrong(path, "is no chat template: it never looks at the messages")
+
+
+def _check_header(path: Path, *, quantized: bool) -> set[str]:
+    """The names of the tensors; the file is as long as its header says, and its weights are numbers to train on."""
+    header = dict(_header(path))
+    if not quantized:
+        for name, (dtype, _) in header.items():
+            if dtype not in _FLOATS and name.endswith((".weight", ".bias")):
+                raise _wrong(path, f"holds {name} as {dtype}, and config.json declares no quantization")
+    return set(header)
+
+
+def _header(path: Path) -> Iterator[tuple[str, tuple[str, list[int]]]]:
+    """(name, (dtype, shape)) of each tensor."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(MAX_HEADER, size - 8):
+                raise _wrong(path, "is damaged: it does not begin with a header of safetensors")
+            facts = json.loads(file.read(length).decode("utf-8"))
+        ends = [8 + length]
+        for name, entry in facts.items():
+            if name != "__metadata__":
+                ends.append(8 + length + int(entry["data_offsets"][1]))
+                yield name, (str(entry["dtype"]), list(entry["shape"]))
+    except OSError as error:
+        raise _wrong(path, f"cannot be read: {error.strerror}") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise _wrong(path, f"is damaged: its header cannot be read ({type(error).__name__})") from error
+    if max(ends) != size:
+        raise _wrong(path, f"is damaged: it has {size:,} bytes, its header speaks of {max(ends):,}")
+
+
+def _check_shards(folder: Path, index: Mapping[str, Any], *, quantized: bool) -> None:
+    path = folder / INDEX
+    homes = index.get("weight_map")
+    if not isinstance(homes, dict) or not homes or not all(isinstance(file, str) for file in homes.values()):
+        raise _wrong(path, "has no weight_map of tensor names to files")
+    for file in sorted(set(homes.values())):
+        if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
+            raise _wrong(path, f"names {file!r}, which does not lie beside it")
+        if not (folder / file).is_file():
+            raise _wrong(path, f"names {file}, which is not there")
+        if not file.endswith(".safetensors"):
+            raise _wrong(path, f"names {file}, which is no safetensors file")
+        held = _check_header(folder / file, quantized=quantized)
+        if missing := sorted(name for name, home in homes.items() if home == file and name not in held):
+            raise _wrong(folder / file, f"does not hold {missing[0]}, which {INDEX} promises")
+
+
+def _wrong(path: Path, what: str) -> ModelError:
+    return ModelError(f"{path} {what}", key="model_name", hint=HINT)
