@@ -68,7 +68,6 @@ def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], Non
     from transformers.utils import logging as hf_logging
 
     source = resolve_source(run.model_name, revision=run.model.revision, say=say)
-    check_folder(source.folder)
     precision = run.model.load_precision
     dtype = base_dtype(precision, device)
     plan = None
@@ -79,8 +78,11 @@ def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], Non
         if say is not None:
             for line in plan.lines():
                 say(line)
+    check_folder(source.folder)
     attention = None if run.model.attn_implementation == "auto" else run.model.attn_implementation
     hf_logging.disable_progress_bar()
+    loud = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # its report of the tensors would print their names as they are; ours follows
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -88,6 +90,8 @@ def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], Non
             attn_implementation=attention,
             trust_remote_code=run.model.trust_remote_code,
             use_safetensors=True,
+            # it would only raise, and not say which
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except Exception as error:
@@ -96,6 +100,8 @@ def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], Non
             key="model_name",
             hint="--debug shows the whole error; a model with code of its own needs model.trust_remote_code = true",
         ) from error
+    finally:
+        hf_logging.set_verbosity(loud)
     _refuse_incomplete(source, info)
     if say is not None and (more := sorted(info.get("unexpected_keys", ()))):
         say(f"warning: {source.name}: {len(more)} tensors have no place in the model and are left out, {more[0]} first")

@@ -177,10 +177,18 @@ def test_an_extra_tensor_is_said(folder: Path, capsys: Shown, tensors: dict[str,
     assert said in capsys.readouterr().err
 
 
+def test_a_tensor_name_cannot_steer_the_terminal(folder: Path, capsys: Shown, tensors: dict[str, torch.Tensor]) -> None:
+    keep(folder, tensors | {"\x1b[2Jgone": torch.ones(2)})
+    assert main([*tinyrun.arguments(folder), "--preflight"]) == 0
+    shown = capsys.readouterr()
+    assert "\\x1b[2Jgone" in shown.err
+    assert "\x1b" not in shown.err + shown.out
+
+
 def test_a_tensor_of_another_shape(folder: Path, capsys: Shown, tensors: dict[str, torch.Tensor]) -> None:
     tensors[NAME] = tensors[NAME][:-1]
     keep(folder, tensors)
-    assert NAME in refused(folder, capsys)
+    assert f"0 tensors are missing and 1 have another shape, {NAME} first" in refused(folder, capsys)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.uint8, torch.float8_e4m3fn])

@@ -65,7 +65,7 @@ def test_the_random_numbers_of_the_run_are_left_alone(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "has no config.json"),
-        ("{", "no model can be built from its config.json"),
+        ("{", "config.json is not valid JSON"),
         ('{"model_type": "no_such_family"}', "no model can be built from its config.json"),
         ('{"model_type": "siglip_vision_model"}', "no model can be built from its config.json"),
     ],

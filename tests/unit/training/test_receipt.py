@@ -49,12 +49,15 @@ def test_two_equal_runs_have_equal_receipts_and_another_seed_shows(make_run: Cal
 def test_one_bit_of_the_weights_or_one_file_more_is_another_base(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"\x00\x01")
     (tmp_path / "README.md").write_text("not a weight")
+    (tmp_path / "config.json").write_text("{}")
     first = base_weights(tmp_path)
     assert list(first["files"]) == ["a.safetensors"]
     (tmp_path / "a.safetensors").write_bytes(b"\x00\x00")
     second = base_weights(tmp_path)
     (tmp_path / "b.safetensors").write_bytes(b"")
     assert len({first["sha256"], second["sha256"], base_weights(tmp_path)["sha256"]}) == 3
+    (tmp_path / "config.json").write_text('{"rope_theta": 1}')
+    assert base_weights(tmp_path)["config_sha256"] != second["config_sha256"] == first["config_sha256"]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1]"])
