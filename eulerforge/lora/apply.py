@@ -46,6 +46,20 @@ class _Chosen:
     misfit: Problem | None = None
 
 
+@attrs.frozen
+class _Before:
+    """The layers' names and their sites, as they are before the injection."""
+
+    prefixes: tuple[str, ...]
+    sites: tuple[tuple[Site, ...], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, adapter: BackboneAdapter) -> _Before:
+        layers = list(adapter.find_transformer_layers(model))
+        prefixes = layer_names(model, adapter, layers)
+        return cls(prefixes, tuple(tuple(adapter.find_sites(layer)) for layer in layers))
+
+
 def apply_injection(run: RunConfig, registry: Registry, model: nn.Module) -> Injected:
     """Freeze the base, inject in place, and refuse what would waste a run; ``model`` may be on the meta device.
 
@@ -65,6 +79,8 @@ def apply_injection(run: RunConfig, registry: Registry, model: nn.Module) -> Inj
         seed=run.seed, linear_ops=linear_ops_from(registry), partial_ok=chosen.partial_ok or run.injection.allow_partial
     )
     try:
+        # looked at before the injection: an adapter need not know what a wrapper is
+        before = _Before.of(model, adapter)
         report = strategy.inject(model, adapter, run.injection, context)
     except EulerForgeError:
         raise
@@ -73,7 +89,7 @@ def apply_injection(run: RunConfig, registry: Registry, model: nn.Module) -> Inj
             f"strategy {strategy_spec.name} on backbone {chosen.spec.name} raised {type(error).__name__}: {error}",
             hint="--debug shows the traceback; report it to the plugin's author",
         ) from error
-    report, faults, partial = _measured(run, model, adapter, report)
+    report, faults, partial = _measured(run, model, adapter, report, before)
     if not report.sites:
         raise _nothing_trains(report, partial)
     refused = faults if chosen.partial_ok else [*faults, *partial]
@@ -114,12 +130,11 @@ def _backbone(run: RunConfig, registry: Registry, model: Any) -> _Chosen:
 
 
 def _measured(
-    run: RunConfig, model: nn.Module, adapter: BackboneAdapter, report: InjectionReport
+    run: RunConfig, model: nn.Module, adapter: BackboneAdapter, report: InjectionReport, before: _Before
 ) -> tuple[InjectionReport, list[Problem], list[Problem]]:
     """The report with what the core itself measured, what is wrong with it, and what it covers in part only."""
-    layers = list(adapter.find_transformer_layers(model))
-    prefixes = layer_names(model, adapter, layers)
-    sites = {index: tuple(adapter.find_sites(layers[index])) for index in report.layers}
+    prefixes = before.prefixes
+    sites = {index: before.sites[index] for index in report.layers}
     adapted = {
         Place(site.layer, site.path.removeprefix(f"{prefixes[site.layer]}."), site.base_parameter)
         for site in report.sites
