@@ -30,9 +30,8 @@ $(VENV)/.quickstart: $(VENV)/.run
 quickstart: $(VENV)/.quickstart
 	$(BIN)/eulerforge train --preset quickstart --overwrite
 
-# one process per core, each with one thread; the tests of a file share its fixtures and so its process
 test: $(VENV)/.dev $(VENV)/.quickstart
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest
 
 # kills a run in three ways at every operation on its folder; some 15 minutes on two cores
 soak: $(VENV)/.dev
