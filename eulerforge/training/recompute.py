@@ -1,6 +1,6 @@
 """What a forward pass keeps for its backward pass, and where: recompute some layers, or keep it in the main memory.
 
-Notable: a layer that is computed again keeps its input alone; the result stays the same, dropout masks included.
+Notable: a layer that is computed again keeps its input alone; every bit of the result stays the same, dropout included.
 transformers has the switch on each of its decoder layers; this says on which. Layers below the first adapted one keep
 nothing anyway: nothing there wants a gradient, so autograd never sees them.
 """
@@ -69,6 +69,10 @@ def enable_gradient_checkpointing(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if getattr(model, "_require_grads_hook", None) is not None:
+        # only the reentrant kind needs embeddings that want a gradient; with them, frozen layers below the first
+        # adapted one are computed again and derived for nothing
+        model.disable_input_require_grads()
 
 
 def every_of(wanted: str) -> int | None:
