@@ -57,6 +57,7 @@ class ValidationConfig:
     fraction: float | None = setting(None, gt=0, lt=1, help="Share of the rows held out from data.path")
     path: tuple[str, ...] = setting((), single=True, help="Files of their own with the held-out rows")
     seed: int = setting(0, ge=0, le=SEED_MAX, help="Which rows are held out")
+    allow_overlap: bool = setting(False, help="Go on although held-out rows are training rows too")
 
     def check(self) -> Iterable[Problem]:
         given = [name for name in ("size", "fraction", "path") if getattr(self, name)]

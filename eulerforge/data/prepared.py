@@ -17,6 +17,7 @@ import numpy as np
 
 from eulerforge.config.cachedir import cache_root
 from eulerforge.data.cache import CacheEntry, EntryWriter, cache_key, tokenizer_sha256
+from eulerforge.data.duplicates import count_repeated, overlap_error, row_hashes, shared_rows
 from eulerforge.data.files import DataFile, find_files
 from eulerforge.data.read import BadRows, read_rows
 from eulerforge.data.render import Rendered, Renderer
@@ -73,7 +74,15 @@ def build_dataset(
         kept, away = split_rows(len(train), size=held_out.size, fraction=held_out.fraction, seed=held_out.seed)
         if len(away):
             train, validation = train.subset(kept), train.subset(away)
+    hashes = row_hashes(train)
+    if validation is not None:
+        count, shown = shared_rows(train, validation, (hashes, row_hashes(validation)))
+        if count and not held_out.allow_overlap:
+            raise overlap_error(count, shown)
+        if count:
+            prepare.notes.append(f"{count:,} held-out rows are training rows too, as data.validation allows")
     report = DataReport(
+        train_repeated=count_repeated(hashes),
         parts=tuple(parts),
         rendering=prepare.rendering,
         max_length=config.max_length,

@@ -29,6 +29,7 @@ class PartReport:
 class DataReport:
     """``parts`` are what was read (the training files; the validation's own files if it has any).
 
+    ``train_repeated`` counts training rows that are the same as an earlier one.
     ``cache`` is hit, built or off; ``notes`` are sentences that the user should read.
     """
 
@@ -42,6 +43,7 @@ class DataReport:
     validation_tokens: int
     validation_label_tokens: int
     cache: str
+    train_repeated: int = 0
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -60,6 +62,8 @@ class DataReport:
             if rows:
                 share = f"{labels:,} trained on" if name == "training" else f"{labels:,} counted in the loss"
                 out.append(f"{name}: {rows:,} rows, {tokens:,} tokens, {share} ({labels / tokens:.0%})")
+        if self.train_repeated:
+            out.append(f"  {self.train_repeated:,} training rows repeat an earlier one")
         out.append(f"rendered with {self.rendering}; token cache: {self.cache}")
         return out + list(self.notes)
 

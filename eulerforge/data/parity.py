@@ -1,0 +1,171 @@
+"""The gate between training and inference: what the model is trained on is what it will be asked, token by token.
+
+Checked on rows spread over the data: the prompt that inference renders is a token prefix of the training row and the
+training begins right behind it; there is one BOS; the token that ends an answer is trained.
+What is found is named after its usual cause: a double BOS, pad = eos, a missing generation marker, a cut answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+
+from eulerforge.data.files import find_files
+from eulerforge.data.read import BadRows, SourceRow, read_rows
+from eulerforge.data.render import Renderer, render_prompt
+from eulerforge.data.rows import ChatRow, Message, RowParser
+from eulerforge.data.tokenized import TokenizedRows
+from eulerforge.errors import DataError
+
+if TYPE_CHECKING:
+    from eulerforge.config.schema import DataConfig
+
+LOOKED_AT = 64
+"""Rows of which the tokens are looked at."""
+ASKED = 3
+"""Rows whose prompt is rendered again from their line."""
+_QUESTION, _ANSWER = "question of parity", "answer of parity"
+
+
+@attrs.frozen(kw_only=True)
+class Parity:
+    """``prompts`` rows were rendered again, ``rows`` looked at, of which ``stopped`` of ``whole`` end in a stop token."""
+
+    prompts: int
+    rows: int
+    whole: int
+    stopped: int
+    warnings: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        return (
+            f"parity: {self.prompts} prompts as inference renders them are token prefixes of their rows;"
+            f" of {self.whole} whole rows {self.stopped} train their stop token"
+        )
+
+
+def check_parity(rows: TokenizedRows, config: DataConfig, tokenizer: Any) -> Parity:
+    """Look at the rows.
+
+    Raises:
+        DataError: it names the row and the cause.
+    """
+    if config.format != "processed":
+        _refuse_missing_marker(config, tokenizer)
+    places = [int(place) for place in np.unique(np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).astype(int))]
+    special = _special_ids(tokenizer)
+    whole = stopped = 0
+    for place in places:
+        ids, labelled = rows.row(place)
+        _refuse_double_bos(ids, tokenizer, rows.source(place))
+        if len(ids) >= config.max_length:
+            continue  # cut off, which the data report counts
+        whole += 1
+        _refuse_masked_stop(ids, labelled, tokenizer, rows.source(place))
+        stopped += int(ids[np.flatnonzero(labelled)[-1]]) in special
+    prompts = 0
+    for place, row in _lines_of(rows, places[:ASKED], config):
+        prompts += _refuse_other_prompt(rows, place, row, config, tokenizer)
+    warnings = ()
+    if whole and stopped < whole:
+        warnings = (
+            f"cut answers: {whole - stopped} of {whole} rows looked at do not train a token that ends the answer;"
+            " the model may not learn to stop",
+        )
+    return Parity(prompts=prompts, rows=len(places), whole=whole, stopped=stopped, warnings=warnings)
+
+
+def _refuse_double_bos(ids: np.ndarray[Any, Any], tokenizer: Any, source: str) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is None or bos == tokenizer.eos_token_id:
+        return
+    if (ids[:2] == bos).sum() == 2:
+        raise DataError(
+            f"double BOS: the row begins with {tokenizer.bos_token} twice",
+            source=source,
+            hint="the text, or the tool that made the ids, puts a BOS where the tokenizer puts one too: leave it out",
+        )
+
+
+def _refuse_masked_stop(ids: np.ndarray[Any, Any], labelled: np.ndarray[Any, Any], tokenizer: Any, source: str) -> None:
+    """pad = eos: a tool that masks padding by its id masks the stop token with it."""
+    eos = tokenizer.eos_token_id
+    if eos is not None and len(ids) > 1 and ids[-1] == eos and not labelled[-1] and labelled[-2]:
+        raise DataError(
+            f"pad = eos: the row ends in {tokenizer.eos_token}, which is masked: the model would never learn to stop",
+            source=source,
+            hint="a tool that masks by the padding token's id masks the end of text with it: label the last one",
+        )
+
+
+def _refuse_missing_marker(config: DataConfig, tokenizer: Any) -> None:
+    """A template that ignores add_generation_prompt, though its answers begin with a header."""
+    renderer = Renderer(config, tokenizer)
+    if not renderer.uses_template:
+        return
+    turns = [Message("user", _QUESTION).to_template(), Message("assistant", _ANSWER).to_template()]
+    try:
+        asked = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+        plain = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=False))
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # noqa: BLE001 - a template may raise anything; its rows say what is wrong, one by one
+        return
+    header, found, _ = text.removeprefix(asked).partition(_ANSWER)
+    if asked == plain and text.startswith(asked) and found and header.strip():
+        raise DataError(
+            f"missing generation marker: the chat template puts {header!r} before an answer, and not where it is asked"
+            " for one (add_generation_prompt): the model would be trained to write it",
+            key="data.template",
+            hint="mend the chat template, or --set data.template=none",
+        )
+
+
+def _refuse_other_prompt(rows: TokenizedRows, place: int, row: SourceRow, config: DataConfig, tokenizer: Any) -> bool:
+    """Whether the row's prompt was compared; rows without turns have none."""
+    parsed = RowParser(config.schema).parse(row, BadRows())
+    if not isinstance(parsed, ChatRow) or parsed.messages[-1].role != "assistant":
+        return False
+    ids, labelled = rows.row(place)
+    prompt = np.array(render_prompt(tokenizer, config, row.data), dtype=ids.dtype)
+    common = min(len(prompt), len(ids))
+    if not np.array_equal(prompt[:common], ids[:common]):
+        at = int(np.argmin(prompt[:common] == ids[:common]))
+        raise DataError(
+            f"the prompt that inference renders is no token prefix of the row: they part at token {at},"
+            f" {tokenizer.decode([int(prompt[at])])!r} and {tokenizer.decode([int(ids[at])])!r}",
+            source=rows.source(place),
+            key="data.template",
+            hint="--set data.template=none trains on plain text",
+        )
+    if len(prompt) < len(ids) and not labelled[len(prompt)]:
+        raise DataError(
+            "the first token after the prompt that inference renders is not trained",
+            source=rows.source(place),
+            key="data.template",
+            hint="--set data.template=none trains on plain text",
+        )
+    return True
+
+
+def _lines_of(rows: TokenizedRows, places: list[int], config: DataConfig) -> Iterator[tuple[int, SourceRow]]:
+    """(place, its line read again); rows of JSON arrays may share a line and are left out."""
+    if config.format == "processed":
+        return
+    for place in places:
+        index, line = rows.origin(place)
+        (file,) = find_files([rows.files[index]])
+        if file.path.suffix.lower() == ".json" or line > 10_000:
+            continue  # reading so far again would take longer than it tells
+        for source in read_rows(file, BadRows()):
+            if source.line >= line:
+                if source.line == line:
+                    yield place, source
+                break
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    special = {int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | {int(index) for index in tokenizer.all_special_ids}
