@@ -32,7 +32,7 @@ _QUESTION, _ANSWER = "question of parity", "answer of parity"
 
 @attrs.frozen(kw_only=True)
 class Parity:
-    """``prompts`` rows were rendered again, ``rows`` looked at, of which ``stopped`` of ``whole`` end in a stop token."""
+    """``prompts`` rows were rendered again and ``rows`` looked at; of ``whole`` uncut ones ``stopped`` train a stop."""
 
     prompts: int
     rows: int
@@ -69,7 +69,7 @@ def check_parity(rows: TokenizedRows, config: DataConfig, tokenizer: Any) -> Par
     prompts = 0
     for place, row in _lines_of(rows, places[:ASKED], config):
         prompts += _refuse_other_prompt(rows, place, row, config, tokenizer)
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if whole and stopped < whole:
         warnings = (
             f"cut answers: {whole - stopped} of {whole} rows looked at do not train a token that ends the answer;"

@@ -15,6 +15,7 @@ from eulerforge.api import InjectionReport
 from eulerforge.config.schema import RunConfig
 from eulerforge.data.batches import pad_id
 from eulerforge.data.packing import Layout, Lines, token_budget
+from eulerforge.data.parity import Parity, check_parity
 from eulerforge.data.prepared import Datasets, build_dataset
 from eulerforge.errors import PluginError, UsageError
 from eulerforge.lora.apply import Injected
@@ -112,13 +113,17 @@ def assemble(
     rehearsed = rehearse(config, registry)
     say(rehearsed if isinstance(rehearsed, str) else f"from config.json: {rehearsed.lines()[0]}")
     datasets: Datasets | None = None
+    parity: Parity | None = None
     if need_data or config.data.path:
-        datasets = build_dataset(config.data, load_tokenizer(config, say=say), seed=config.seed)
+        tokenizer = load_tokenizer(config, say=say)
+        datasets = build_dataset(config.data, tokenizer, seed=config.seed)
         for line in datasets.report.lines():
             say(line)
+        parity = check_parity(datasets.train, config.data, tokenizer)
+        say(parity.line())
     loaded = load_model(config, device=device, say=say)
     injected, groups, phases = inject_and_plan(config, registry, loaded.model)
-    warnings = [*injected.warnings, *phases.warnings]
+    warnings = [*injected.warnings, *phases.warnings, *(parity.warnings if parity is not None else ())]
     rows = int(loaded.model.get_input_embeddings().weight.shape[0])
     highest = datasets.train.highest_id if datasets is not None else None
     if beyond := refuse_ids_beyond(rows, loaded.tokenizer, highest=highest, name=loaded.source.name):

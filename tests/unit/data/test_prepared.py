@@ -121,7 +121,7 @@ class TestValidation:
         assert data.validation is not None
         assert (len(data.train), texts(data.validation, plain)) == (20, ["hello<|end|>"])
         assert data.report.notes == ()
-        data = build_dataset(data_config(path=(path,), validation={"path": (path,)}), plain)
+        data = build_dataset(data_config(path=(path,), validation={"path": (path,), "allow_overlap": True}), plain)
         assert "also a training file" in data.report.notes[0]
 
     def test_own_file_that_is_absent(self, write_rows: Write, plain: Any, data_config: Any) -> None:
