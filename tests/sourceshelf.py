@@ -75,4 +75,5 @@ class SourceShelf:
             names = [name for name in results if f"{name}.tests" in case.get("classname", "")]
             assert len(names) == 1, (case.attrib, done.stdout[-2000:])
             results[names[0]][case.get("name", "")] = "".join(fault.get("message") or "error" for fault in faults)
+        assert all(results.values()), f"no test was collected: {done.stdout}{done.stderr}"
         return results

@@ -31,14 +31,26 @@ def injected(who: str, make: Make, inject: Inject) -> tuple[Any, InjectionReport
     """A fresh model with adapters, and the report.
 
     Raises:
-        Nonconforming: the injection raised or adapted nothing.
+        Nonconforming: the injection raised, adapted nothing, or reports parameters that are not there.
     """
     model = make()
     model.requires_grad_(False)
     with blamed(f"injecting with {who}", "the places must be modules of the layers, and inject must change them"):
         report = inject(model)
     require(bool(report.sites), f"injecting with {who} adapts nothing", "its keywords must reach a place")
+    known = {name for name, _ in model.named_parameters()}
+    unreal = [name for site in report.sites for name in site.parameters if name not in known]
+    require(
+        not unreal,
+        f"the report of {who} names {listed(unreal)}, no parameter of the model",
+        "spell SiteReport.parameters as model.named_parameters() does",
+    )
     return model, report
+
+
+def _backward(who: str, model: Any) -> None:
+    with blamed(f"a forward and backward pass with {who}", "forward uses the adapter's parameters, not detached ones"):
+        backward(model)
 
 
 def hold_report(who: str, make: Make, inject: Inject) -> None:
@@ -48,12 +60,6 @@ def hold_report(who: str, make: Make, inject: Inject) -> None:
     parameters = dict(model.named_parameters())
     added = {name for name in parameters if name.replace(".base_layer.", ".") not in before}
     named = [name for site in report.sites for name in site.parameters]
-    unreal = [name for name in named if name not in parameters]
-    require(
-        not unreal,
-        f"the report of {who} names {listed(unreal)}, no parameter of the model",
-        "spell SiteReport.parameters as model.named_parameters() does",
-    )
     twice = sorted({name for name in named if named.count(name) > 1})
     require(not twice, f"the report of {who} names {listed(twice)} twice", "a parameter belongs to one site")
     silent = sorted(added - set(named))
@@ -91,7 +97,7 @@ def hold_frozen_base(who: str, make: Make, inject: Inject) -> None:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     require(
         trainable <= named,
-        f"{who} leaves the base trainable, {listed(sorted(trainable - named))} first",
+        f"{who} leaves the base trainable, {listed(sorted(trainable - named))}",
         "the base stays frozen: call requires_grad_ on your own parameters only",
     )
     frozen = sorted(named - trainable)
@@ -99,7 +105,7 @@ def hold_frozen_base(who: str, make: Make, inject: Inject) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     perturb(model)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
-    backward(model)
+    _backward(who, model)
     optimizer.step()
     after = model.state_dict()
     moved = [name for name, old in before.items() if name not in named and not torch.equal(after[name], old)]
@@ -110,8 +116,7 @@ def hold_gradients(who: str, make: Make, inject: Inject) -> None:
     """Every adapter tensor gets a gradient that is finite and not zero."""
     model, report = injected(who, make, inject)
     perturb(model)
-    with blamed(f"a forward and backward pass with {who}", "the wrapper's forward takes what its base layer takes"):
-        backward(model)
+    _backward(who, model)
     parameters = dict(model.named_parameters())
     dead = [
         name
@@ -175,7 +180,7 @@ def hold_reload(who: str, make: Make, inject: Inject, folder: Path) -> None:
     own = dict(model.named_parameters())
     optimizer = torch.optim.AdamW([own[name] for name in names], lr=1e-2)
     perturb(model)
-    backward(model)
+    _backward(who, model)
     optimizer.step()
     with blamed(f"saving and reloading after {who}", "all that trains must be a parameter of an AdaptedModule"):
         saved = save_checkpoint(folder, TrainState(step=1), model, optimizer, report, names)

@@ -63,10 +63,14 @@ class StrategyConformance:
         words = ["model_name=tiny", *(f"injection.{key}={json.dumps(value)}" for key, value in keys.items())]
         return load_run_config(None, words, strategy_configs=registry().strategy_config).run.injection
 
+    def _valid(self, **changes: Any) -> InjectionConfig:
+        with blamed(f"the preset of {self.strategy}", "the defaults and `settings` of the test class must be valid"):
+            return self.config(**changes)
+
     def _inject(self, model: Any, *, seed: int = 0, **changes: Any) -> InjectionReport:
         strategy = made(offer_of(self.plugin, "strategy", self.strategy))
         context = InjectionContext(seed=seed, linear_ops=linear_ops_from(registry()))
-        report = strategy.inject(model, self.backbone(), self.config(**changes), context)
+        report = strategy.inject(model, self.backbone(), self._valid(**changes), context)
         require(
             isinstance(report, InjectionReport),
             f"inject of {self.strategy} gives a {type(report).__name__}",
@@ -80,8 +84,7 @@ class StrategyConformance:
 
     def test_the_settings_are_valid(self) -> None:
         """The defaults and `settings` make a valid config."""
-        with blamed(f"the preset of {self.strategy}", "the defaults and `settings` of the test class must be valid"):
-            config = self.config()
+        config = self._valid()
         require(
             isinstance(config, InjectionConfig),
             f"the config of {self.strategy} is a {type(config).__name__}",
@@ -100,7 +103,7 @@ class StrategyConformance:
 
     def test_a_value_of_another_type_is_refused(self) -> None:
         """No key takes a value of any type."""
-        for key in leaf_keys(type(self.config())):
+        for key in leaf_keys(type(self._valid())):
             taken = [value for value in ({"a": "table"}, 0.5) if self._takes(key, value)]
             require(
                 len(taken) < 2,
@@ -112,7 +115,7 @@ class StrategyConformance:
         """Every key has a help text."""
         from eulerforge.plugins.describe import describe_keys
 
-        silent = [key.name for key in describe_keys(type(self.config())) if not key.help.strip()]
+        silent = [key.name for key in describe_keys(type(self._valid())) if not key.help.strip()]
         require(
             not silent, f"{listed(silent)} of {self.strategy} has no help", "declare it with setting(..., help=...)"
         )
@@ -141,7 +144,7 @@ class StrategyConformance:
 
     def test_a_keyword_that_matches_nothing_is_reported(self) -> None:
         """A keyword that reaches nothing is in `unmatched`."""
-        config = self.config()
+        config = self._valid()
         keywords = [*config.target_keywords, "no_such_projection"]
         report = self._inject(self.make(), target_keywords=keywords)
         require(
@@ -220,7 +223,8 @@ class StrategyConformance:
         model.requires_grad_(False)
         report = self._inject(model)
         parameters = dict(model.named_parameters())
-        narrow = [name for site in report.sites for name in site.parameters if parameters[name].dtype != torch.float32]
+        named = {name for site in report.sites for name in site.parameters} & parameters.keys()
+        narrow = sorted(name for name in named if parameters[name].dtype != torch.float32)
         require(not narrow, f"{listed(narrow)} of {self.strategy} takes the base's bf16", "adapters are fp32")
         with blamed(f"a bf16 forward pass with {self.strategy}", "cast the adapter to the input's dtype in forward"):
             logits = logits_of(model)

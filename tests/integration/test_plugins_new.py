@@ -17,6 +17,7 @@ from sourceshelf import SourceShelf
 from eulerforge.cli.main import main
 
 OLMO2 = Path(__file__).parents[1] / "thirdparty" / "eulerforge-backbone-olmo2"
+DEMO = OLMO2.parent / "eulerforge-demo"
 
 
 def new(folder: Path, *words: str) -> Path:
@@ -207,7 +208,7 @@ def copied(folder: Path, bug: str) -> Path:
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """The kit's verdict on OLMo2's backbone (``""``) and on each copy with one bug."""
+    """The kit's verdict on OLMo2's backbone (``""``), on each copy with one bug, and on the demo distribution."""
     folder = tmp_path_factory.mktemp("bugs")
     shelf = SourceShelf(folder / "shelf")
     sources = {"": shelf.add(copied(folder, ""))}
@@ -218,6 +219,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
         assert text.count(bug.old) == 1, (name, text)
         file.write_text(text.replace(bug.old, bug.new), encoding="utf-8")
         sources[name] = shelf.add(source)
+    sources["demo"] = shelf.add(Path(shutil.copytree(DEMO, folder / DEMO.name)))
     results = shelf.run_tests(*sources.values())
     return {name: results[source.name] for name, source in sources.items()}
 
@@ -227,6 +229,11 @@ def test_a_family_that_we_do_not_ship_passes_with_under_80_lines(verdicts: dict[
     assert lines < 80
     assert len(verdicts[""]) > 25
     assert {test: fault for test, fault in verdicts[""].items() if fault} == {}
+
+
+def test_a_distribution_with_all_three_kinds_passes(verdicts: dict[str, dict[str, str]]) -> None:
+    assert len(verdicts["demo"]) > 45
+    assert {test: fault for test, fault in verdicts["demo"].items() if fault} == {}
 
 
 @pytest.mark.parametrize("name", BUGS)
