@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_problems(error.problems, as_json)
         return error.exit_code
     except KeyboardInterrupt:
-        _print_problems([Problem(message="interrupted")], as_json)
+        hint = "a run goes on from its newest checkpoint: the same command with --resume"
+        trains = arguments[:1] == ["train"]
+        _print_problems([Problem(message="interrupted", hint=hint if trains else None)], as_json)
         return 130
     except BrokenPipeError:
         # the reader of our output went away, as `| head` does; keep the interpreter's last flush quiet

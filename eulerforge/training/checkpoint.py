@@ -227,7 +227,7 @@ def read_state(folder: Path) -> TrainState:
     """
     try:
         return TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE_FILE} cannot be read: {error}") from error
 
 
@@ -314,7 +314,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             facts["size"], facts["sha256"]
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST_FILE}: it is not complete", hint=OTHER_HINT) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST_FILE} cannot be read: {error}", hint=OTHER_HINT) from error
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(
@@ -326,7 +326,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
     for name, facts in manifest["files"].items():
         path = folder / name
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise CheckpointError(f"{folder / MANIFEST_FILE} names a file outside its folder: {name}", hint=OTHER_HINT)
         if not path.is_file():
             raise CheckpointError(f"{folder}: {name} is missing", hint=OTHER_HINT)

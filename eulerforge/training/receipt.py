@@ -95,7 +95,7 @@ def read_receipt(out: Path) -> dict[str, Any]:
     """The receipt of a run folder; empty when there is none that can be read."""
     try:
         found = json.loads((out / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
