@@ -32,15 +32,20 @@ def meta_model(run: RunConfig) -> Any:
     if isinstance(location, Path):
         check_folder(location, weights=False)
     trust = run.model.trust_remote_code
+    location = _config_location(run)
     try:
         config = AutoConfig.from_pretrained(location, revision=run.model.revision, trust_remote_code=trust)
         # the meta device draws no numbers, but a class with code of its own may
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust).eval()
-    except ModelError:
-        raise
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, OSError) and isinstance(location, str):
+            raise ModelError(
+                f"{run.model_name} is neither a local folder nor to be had from the hub: {first}",
+                key="model_name",
+                hint="check the name and the network, or put in a local folder with --set model_name=FOLDER",
+            ) from error
         raise ModelError(
             f"{run.model_name}: no model can be built from its config.json: {first}",
             key="model_name",

@@ -84,7 +84,7 @@ def test_names_that_are_no_model_are_refused_as_loading_refuses_them() -> None:
     with pytest.raises(ModelError, match="there is no model folder"):
         meta_model(of("./nowhere"))
     run = RunConfig(model_name="nobody/nothing", model=ModelConfig(revision="main"))
-    with pytest.raises(ModelError, match="nobody/nothing: no model can be built from its config"):
+    with pytest.raises(ModelError, match="nobody/nothing is neither a local folder nor to be had from the hub"):
         meta_model(run)
 
 
