@@ -38,6 +38,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where the base is loaded (default: cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--no-verify", action="store_true", help="do not reopen the merged folder with transformers")
+    parser.add_argument("--force", action="store_true", help="write what the audit of the adapters or logits forbids")
+    parser.add_argument("--layers", action="store_true", help="print the size of every layer's update")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_plugin_options(parser)
@@ -54,8 +56,11 @@ def write(args: argparse.Namespace, *, format: str, output: Path | None, keys: s
     Raises:
         UsageError: the options don't fit the format, or the output cannot be written to.
         EulerForgeError: the run cannot be opened.
+        RunError: the audit forbids to publish it.
     """
-    from eulerforge.cli.output import emit_json, say, tell, warn
+    import attrs
+
+    from eulerforge.cli.output import emit_json, print_table, say, tell, warn
     from eulerforge.cli.plugin_options import registry_from
     from eulerforge.errors import UsageError
 
@@ -77,14 +82,23 @@ def write(args: argparse.Namespace, *, format: str, output: Path | None, keys: s
     for line in (*opened.location.notes, *opened.warnings):
         warn(line)
     if format == "peft":
-        written = write_peft(opened, output, keys=keys, overwrite=args.overwrite)
+        written = write_peft(opened, output, keys=keys, overwrite=args.overwrite, force=args.force)
     else:
         dtype = None if args.dtype == "auto" else args.dtype
-        written = write_merged(opened, output, dtype=dtype, overwrite=args.overwrite, verify=not args.no_verify)
+        written = write_merged(
+            opened, output, dtype=dtype, overwrite=args.overwrite, verify=not args.no_verify, force=args.force
+        )
+    for problem in written.audit.problems:
+        warn(attrs.evolve(problem, message=f"written because of --force: {problem.message}", hint=None))
+    for problem in written.audit.warnings:
+        warn(problem)
     if args.json:
         emit_json(written.to_json())
     else:
         what = "adapter tensors" if format == "peft" else "of the base's tensors replaced"
         size = f"{written.size / 2**20:,.1f} MiB"
         tell(f"{written.folder}: {opened.checkpoint.name}, {len(written.tensors):,} {what}, {size}")
+        tell("\n".join(written.audit.lines()))
+        if args.layers:
+            print_table(*written.audit.table())
     return 0

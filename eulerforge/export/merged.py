@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ import torch
 import eulerforge
 from eulerforge.config.atomic import staged_folder
 from eulerforge.errors import ModelError, RunError, UsageError
+from eulerforge.export.audit import ExportAudit
 from eulerforge.export.basefiles import INDEX, BaseFiles, Piece, other_files, read_base_files
+from eulerforge.export.measure import audit_changes, compare_logits
+from eulerforge.export.probe import probe_rows
 from eulerforge.export.rundir import TrainedRun
 from eulerforge.export.shards import FLOATS, Rewrite, read_header, write_shard
 from eulerforge.lora.adapted import AdaptedLinear, AdaptedModule
 from eulerforge.lora.wrap import adapted_modules
 from eulerforge.models.device import DTYPE_NAMES, DTYPES
+from eulerforge.models.quantized import QUANTIZED_MODES
 
 RECEIPT = "eulerforge_export.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 and what older tools wrote
@@ -70,48 +74,76 @@ class Written:
     tensors: tuple[str, ...]
     files: tuple[str, ...]
     size: int
+    audit: ExportAudit
 
     def to_json(self) -> dict[str, Any]:
-        return {**attrs.asdict(self), "folder": str(self.folder), "tensors": len(self.tensors)}
+        fields = {name: getattr(self, name) for name in ("format", "dtype", "files", "size")}
+        return {
+            "folder": str(self.folder),
+            **fields,
+            "tensors": len(self.tensors),
+            "audit": self.audit.to_json(),
+        }
 
 
 @torch.no_grad()
 def write_merged(
-    run: TrainedRun, out: Path, *, dtype: str | None = None, overwrite: bool = False, verify: bool = True
+    run: TrainedRun,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    force: bool = False,
 ) -> Written:
     """Write the merged model as a Hugging Face folder that plain transformers loads.
 
     Args:
         dtype: ``fp32``, ``fp16`` or ``bf16`` for every floating-point tensor; None keeps each tensor's own.
         overwrite: ``out`` may be an earlier export.
-        verify: reopen the folder with transformers before it appears under its name.
+        verify: reopen the folder with transformers before it appears under its name, and compare its logits with those
+            of the model with its adapters on.
+        force: write what the audit forbids; it is recorded.
 
     Raises:
         UsageError: ``out`` cannot be written to, or the dtype is not known.
         ModelError: the base has no safetensors, or lacks a tensor that training changed.
-        RunError: a merged value is not finite in the wanted dtype, or the folder does not load.
+        RunError: the audit forbids it, a merged value is not finite in the wanted dtype, or the folder does not load.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype!r} is no dtype for an export", hint=f"use one of {', '.join(DTYPES)}")
     check_destination(out, run, overwrite=overwrite)
     base = read_base_files(run.source.folder)
     _refuse_quantized(base.folder)
-    changes = {
-        piece.name: (change, piece) for change in changes_of(run) for piece in base.pieces_of(change.live, change.shape)
-    }
+    changed = changes_of(run)
+    changes = {piece.name: (change, piece) for change in changed for piece in base.pieces_of(change.live, change.shape)}
     target = None if dtype is None else DTYPES[dtype]
+    audit = ExportAudit(
+        layers=audit_changes(changed, base, lambda own: target or own),
+        quantized=run.run.model.load_precision.mode in QUANTIZED_MODES,
+    )
+    audit.refuse(force=force)
     with staged_folder(out, replace=out.is_dir()) as staging:
-        size = sum(_write_shard(base, file, changes, target, staging) for file in base.files)
+        check = _accept if force else _refuse_not_finite
+        size = sum(_write_shard(base, file, changes, target, staging, check) for file in base.files)
         if base.index is not None:
             _write_index(base.index, size, staging)
         _copy_others(base.folder, staging, target)
-        receipt = _receipt(run, dtype, sorted(changes))
-        (staging / RECEIPT).write_text(json.dumps(receipt, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if verify:
-            verify_loads(staging, trust_remote_code=run.run.model.trust_remote_code)
+            model = verify_loads(staging, trust_remote_code=run.run.model.trust_remote_code)
+            audit = attrs.evolve(audit, logits=compare_logits(run.model, model, *probe_rows(run)))
+            audit.refuse(force=force)
+        receipt = {**_receipt(run, dtype, sorted(changes)), "audit": audit.to_json()}
+        (staging / RECEIPT).write_text(json.dumps(receipt, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         files = tuple(sorted(path.name for path in staging.iterdir()))
     return Written(
-        folder=out, format="merged", dtype=receipt["dtype"], tensors=tuple(sorted(changes)), files=files, size=size
+        folder=out,
+        format="merged",
+        dtype=receipt["dtype"],
+        tensors=tuple(sorted(changes)),
+        files=files,
+        size=size,
+        audit=audit,
     )
 
 
@@ -169,8 +201,8 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def verify_loads(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Load the folder with plain transformers and refuse one that lacks weights.
+def verify_loads(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the folder with plain transformers, refuse one that lacks weights, and give back the model.
 
     Raises:
         RunError: transformers cannot load it, or would start some tensors as random numbers.
@@ -178,7 +210,7 @@ def verify_loads(folder: Path, *, trust_remote_code: bool = False) -> None:
     from transformers import AutoModelForCausalLM
 
     try:
-        _, info = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # transformers and safetensors raise every kind
@@ -187,10 +219,16 @@ def verify_loads(folder: Path, *, trust_remote_code: bool = False) -> None:
     wrong = sorted(info["missing_keys"]) + sorted(str(item[0]) for item in info["mismatched_keys"])
     if wrong:
         raise RunError(f"the export lacks {len(wrong)} tensors, {wrong[0]} first", hint="the base folder is incomplete")
+    return model.eval()
 
 
 def _write_shard(
-    base: BaseFiles, name: str, changes: Mapping[str, tuple[Change, Piece]], target: torch.dtype | None, staging: Path
+    base: BaseFiles,
+    name: str,
+    changes: Mapping[str, tuple[Change, Piece]],
+    target: torch.dtype | None,
+    staging: Path,
+    check: Callable[[str, torch.Tensor], None],
 ) -> int:
     """Write one shard with its changed tensors replaced; give back the bytes of its tensors."""
     rewrites = {}
@@ -214,7 +252,11 @@ def _write_shard(
             )
         whole = change.adapter is not None and not change.adapter.merges_in_parts
         rewrites[entry.name] = Rewrite(dtype=dtype, change=partial(change.rows, piece), whole=whole)
-    return write_shard(base.folder / name, staging / name, rewrites, _refuse_not_finite)
+    return write_shard(base.folder / name, staging / name, rewrites, check)
+
+
+def _accept(name: str, new: torch.Tensor) -> None:
+    """What ``--force`` checks."""
 
 
 def _refuse_not_finite(name: str, new: torch.Tensor) -> None:

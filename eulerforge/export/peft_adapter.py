@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 
 from eulerforge.config.atomic import staged_folder
 from eulerforge.errors import UsageError
+from eulerforge.export.audit import ExportAudit
 from eulerforge.export.basefiles import read_base_files
-from eulerforge.export.merged import RECEIPT, Written, check_destination, origin
+from eulerforge.export.measure import audit_changes
+from eulerforge.export.merged import RECEIPT, Written, changes_of, check_destination, origin
 from eulerforge.export.rundir import TrainedRun
 from eulerforge.lora.experts import LoRAExperts
 from eulerforge.lora.linear import LoRALinear
@@ -30,15 +32,19 @@ CONFIG_FILE = "adapter_config.json"
 
 
 @torch.no_grad()
-def write_peft(run: TrainedRun, out: Path, *, keys: str = "text", overwrite: bool = False) -> Written:
+def write_peft(
+    run: TrainedRun, out: Path, *, keys: str = "text", overwrite: bool = False, force: bool = False
+) -> Written:
     """Write the adapters as PEFT reads them; the base stays where it is.
 
     Args:
         keys: ``text`` names the modules as the run's own model class does; ``multimodal`` as the multimodal class of
             the same checkpoint does, which vLLM serves.
+        force: write what the audit forbids; it is recorded.
 
     Raises:
         UsageError: the run trained base weights, or an adapter has no PEFT form, or ``out`` cannot be written to.
+        RunError: the audit forbids it.
     """
     check_destination(out, run, overwrite=overwrite)
     if run.trained_base:
@@ -61,13 +67,16 @@ def write_peft(run: TrainedRun, out: Path, *, keys: str = "text", overwrite: boo
             )
     names = module_names(run, tuple(modules), keys)
     layers = {names[path]: module for path, module in modules.items() if isinstance(module, LoRALinear)}
+    audit = ExportAudit(layers=audit_changes(changes_of(run), read_base_files(run.source.folder), None))
+    audit.refuse(force=force)
     tensors: dict[str, torch.Tensor] = {}
     for path, module in layers.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A.detach().float().cpu().contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = module.lora_B.detach().float().cpu().contiguous()
     with staged_folder(out, replace=out.is_dir()) as staging:
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        for name, value in ((CONFIG_FILE, peft_config(run, layers)), (RECEIPT, origin(run, "peft"))):
+        receipt = {**origin(run, "peft"), "audit": audit.to_json()}
+        for name, value in ((CONFIG_FILE, peft_config(run, layers)), (RECEIPT, receipt)):
             (staging / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return Written(
         folder=out,
@@ -76,6 +85,7 @@ def write_peft(run: TrainedRun, out: Path, *, keys: str = "text", overwrite: boo
         tensors=tuple(sorted(tensors)),
         files=(CONFIG_FILE, WEIGHTS_FILE, RECEIPT),
         size=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        audit=audit,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eulerforge.api import InjectionReport
-from eulerforge.config.schema import ModelConfig, RunConfig
+from eulerforge.config.schema import RunConfig
 from eulerforge.export.rundir import Location, TrainedRun
 from eulerforge.lora.apply import apply_injection
 from eulerforge.lora.state import adapter_state
@@ -33,7 +32,7 @@ def as_run(folder: Path, base: Path, live: Any, report: InjectionReport) -> Trai
     (folder / "final").mkdir(parents=True)
     return TrainedRun(
         location=Location(folder=folder, checkpoint=folder / "final", state=TrainState(step=3), injection={}),
-        run=SimpleNamespace(model=ModelConfig()),  # type: ignore[arg-type]
+        run=RunConfig(model_name="m", backbone="auto", injection=None),
         model=live,
         tokenizer=None,
         source=BaseSource(kind="folder", name=str(base), folder=base),
