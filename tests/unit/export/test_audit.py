@@ -76,7 +76,7 @@ def test_experts_are_measured_one_by_one(make_family_run: MakeRun, family: str) 
     experts.gate_up_proj.lora_B.data[2] *= 1000
     weight = experts.base_layer.gate_up_proj.double()
     path_of = experts.paths["gate_up_proj"]
-    delta = (path_of.lora_B.double() @ path_of.lora_A.double()) * path_of.scaling
+    delta = (path_of.lora_B.detach().double() @ path_of.lora_A.detach().double()) * path_of.scaling
     audit = layers_of(run)[f"{path}.gate_up_proj"]
     assert audit.delta_norm == pytest.approx(float(delta.norm()), rel=1e-6)
     assert audit.base_norm == pytest.approx(float(weight.norm()), rel=1e-6)
