@@ -64,8 +64,8 @@ class BackboneConformance(PlacesConformance):
                 not lost and not extra,
                 f"find_sites of a layer with adapters loses {listed(lost) or 'nothing'} and finds "
                 f"{listed(extra) or 'nothing'} besides",
-                "look through a wrapper (its base_layer) and count it once, as TableAdapter does, because coverage is "
-                "measured after the injection",
+                "look through a wrapper (its base_layer) and count it once, as TableAdapter does, because phase groups "
+                "and a second injection ask again",
             )
 
     def test_the_output_is_the_same_before_training(self, model_type: str) -> None:

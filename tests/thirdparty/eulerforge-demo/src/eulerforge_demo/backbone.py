@@ -20,7 +20,7 @@ class DemoLlama:
         return list(model.get_decoder().layers)
 
     def find_sites(self, layer: nn.Module) -> Sequence[Site]:
-        # coverage is measured after the injection: an adapted module counts once, as its wrapper
+        # asked again after the injection: an adapted module counts once, as its wrapper
         return [
             Site(path, ROLES.get(path, "other"))
             for path, module in layer.named_modules()
