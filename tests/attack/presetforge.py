@@ -280,7 +280,8 @@ def _wrong_values(key: str, attribute: Any) -> Iterator[tuple[str, Any]]:
     else:
         found = wrongs.get(kind, (3, "text", [1], {"prompt": 3}))
     for wrong in found:
-        yield "wrong type", wrong
+        if not (isinstance(wrong, bool) and info.switch):  # such keys take true and false too
+            yield "wrong type", wrong
     for bound, beyond in ((info.ge, -1), (info.gt, 0), (info.le, 1), (info.lt, 0)):
         if bound is not None:
             yield "out of range", (int(bound) + beyond if kind is int else float(bound) + beyond)
