@@ -35,7 +35,7 @@ keywords = ["q_proj", "v_proj"]
 [data]
 format = "processed"
 path = "{args.rows}"
-max_length = 8192
+max_length = {max(len(row["input_ids"]) for row in read_jsonl(args.rows))}
 [training]
 lr = {args.lr}
 weight_decay = 0.0
