@@ -54,7 +54,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "machine": machine(args),
         "versions": versions(args.peer_python),
-        "command": "python benchmarks/side_by_side.py " + " ".join(sys.argv[1:]),
+        "command": command_of(args),
         "settings": {
             key: str(value) for key, value in vars(args).items() if key not in ("peer_python", "rivals", "out")
         },
@@ -64,6 +64,14 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command without the paths of this machine."""
+    words = ["python", "benchmarks/side_by_side.py", "--steps", str(args.steps), "--rounds", str(args.rounds)]
+    words += ["--shape", args.shape] if args.shape else []
+    words += ["--full", str(args.full)] if args.full else []
+    return " ".join([*words, "--dtype", args.dtype, "--device", args.device, "--threads", str(args.threads)])
 
 
 def base_model(args: argparse.Namespace, folder: Path) -> Path:
