@@ -106,3 +106,8 @@ class Stopped(EulerForgeError):
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+def first_line(error: BaseException, otherwise: str | None = None) -> str:
+    """The first line of what an error says; ``otherwise``, or its type's name, when it says nothing."""
+    return (str(error).strip() or otherwise or type(error).__name__).splitlines()[0]

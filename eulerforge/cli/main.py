@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from eulerforge import __version__
-from eulerforge.errors import EulerForgeError, Problem, UsageError
+from eulerforge.errors import EulerForgeError, Problem, UsageError, first_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train_command", "fine-tune a model from a preset"),
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the last line of defence: one line, never a bare traceback
         if debug:
             _traceback()
-        first = (str(error).strip() or "no message").splitlines()[0]
+        first = first_line(error, "no message")
         hint = "--debug shows the traceback; this is a fault of EulerForge or of a plugin, please report it"
         _print_problems([Problem(message=f"{type(error).__name__}: {first}", hint=hint)], as_json)
         return 1

@@ -208,3 +208,8 @@ class RunConfig:
     training: TrainingConfig = setting(factory=TrainingConfig, help="Optimizer and schedule")
     checkpoint: CheckpointConfig = setting(factory=CheckpointConfig, help="What is kept")
     evaluation: EvaluationConfig = setting(factory=EvaluationConfig, help="What is shown")
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of an evaluation batch."""
+        return self.evaluation.batch_size or self.training.batch_size

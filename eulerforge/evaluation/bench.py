@@ -160,11 +160,10 @@ def held_out_rows(base: OpenBase, data: tuple[str, ...] = ()) -> TokenizedRows:
 def _measure(
     opened: OpenBase, rows: TokenizedRows, prompts: Sequence[SamplePrompt], max_new_tokens: int
 ) -> tuple[Evaluation, list[Answer]]:
-    settings = opened.run
     evaluation = held_out_loss(
         opened.model,
         rows,
-        Layout.padded(settings.evaluation.batch_size or settings.training.batch_size, pad_id(opened.tokenizer)),
+        Layout.padded(opened.run.eval_batch_size, pad_id(opened.tokenizer)),
         opened.device,
     )
     ids = [prompt.ids for prompt in prompts]

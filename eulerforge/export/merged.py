@@ -22,7 +22,7 @@ import torch
 
 import eulerforge
 from eulerforge.config.atomic import staged_folder
-from eulerforge.errors import ModelError, RunError, UsageError
+from eulerforge.errors import ModelError, RunError, UsageError, first_line
 from eulerforge.export.audit import ExportAudit
 from eulerforge.export.basefiles import INDEX, BaseFiles, Piece, other_files, read_base_files
 from eulerforge.export.measure import audit_changes, compare_logits
@@ -214,7 +214,7 @@ def verify_loads(folder: Path, *, trust_remote_code: bool = False) -> Any:
             folder, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # transformers and safetensors raise every kind
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise RunError(f"the export does not load: {first}", hint="--no-verify writes it all the same") from error
     wrong = sorted(info["missing_keys"]) + sorted(str(item[0]) for item in info["mismatched_keys"])
     if wrong:

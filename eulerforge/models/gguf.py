@@ -15,7 +15,7 @@ from pathlib import Path
 
 from eulerforge.config.atomic import commit_folder
 from eulerforge.config.cachedir import cache_root
-from eulerforge.errors import ModelError
+from eulerforge.errors import ModelError, first_line
 from eulerforge.models.soundness import check_folder
 
 FORMAT = 1
@@ -71,7 +71,7 @@ def _convert(path: Path, out: Path) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            first = first_line(error)
             raise ModelError(
                 f"{path.name} cannot be converted: {first}",
                 key="model_name",

@@ -5,7 +5,6 @@ transformers fills a tensor that the files do not hold with random numbers and l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import attrs
 import torch
 
 from eulerforge.config.schema import RunConfig
-from eulerforge.errors import ModelError
+from eulerforge.errors import ModelError, first_line
 from eulerforge.models.device import base_dtype
 from eulerforge.models.quantized import QUANTIZED_MODES, import_bitsandbytes, plan_from_config, replace_layers
 from eulerforge.models.soundness import check_folder, refuse_not_finite
@@ -52,14 +51,18 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, use_fast=True)
     except Exception as error:
         raise ModelError(
-            f"no tokenizer can be loaded from {folder.name}: {_first_line(error)}",
+            f"no tokenizer can be loaded from {folder.name}: {first_line(error)}",
             key="model_name",
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
 
 
-def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], None] | None = None) -> LoadedModel:
+def load_model(
+    run: RunConfig, *, device: torch.device, tokenizer: Any = None, say: Callable[[str], None] | None = None
+) -> LoadedModel:
     """Load the base of a run onto ``device``; a quantized base passes through the CPU's memory in its compute dtype.
+
+    ``tokenizer`` is the model's own where it has been loaded already.
 
     Raises:
         ModelError: the model is not there, is damaged, or lacks weights; it cannot be quantized as asked for.
@@ -96,7 +99,7 @@ def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], Non
         )
     except Exception as error:
         raise ModelError(
-            f"{source.name} cannot be loaded: {_first_line(error)}",
+            f"{source.name} cannot be loaded: {first_line(error)}",
             key="model_name",
             hint="--debug shows the whole error; a model with code of its own needs model.trust_remote_code = true",
         ) from error
@@ -113,7 +116,7 @@ def load_model(run: RunConfig, *, device: torch.device, say: Callable[[str], Non
     model.config.use_cache = False
     return LoadedModel(
         model=model.to(device).eval(),
-        tokenizer=_tokenizer(source.folder, run.model.trust_remote_code),
+        tokenizer=_tokenizer(source.folder, run.model.trust_remote_code) if tokenizer is None else tokenizer,
         source=source,
         dtype=dtype,
     )
@@ -136,13 +139,3 @@ def model_types(config: Any) -> tuple[str, ...]:
     """A config's model_type, and its text part's where it has one."""
     text = config.get_text_config()
     return tuple(dict.fromkeys((str(config.model_type), str(text.model_type))))
-
-
-def config_model_type(folder: Path) -> str:
-    """``model_type`` of a folder's config.json, read without transformers."""
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

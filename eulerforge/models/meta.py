@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from eulerforge.config.schema import RunConfig
-from eulerforge.errors import ModelError
+from eulerforge.errors import ModelError, first_line
 from eulerforge.models.soundness import check_folder
 from eulerforge.models.source import resolve_source
 
@@ -39,7 +39,7 @@ def meta_model(run: RunConfig) -> Any:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust).eval()
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         if isinstance(error, OSError) and isinstance(location, str):
             raise ModelError(
                 f"{run.model_name} is neither a local folder nor to be had from the hub: {first}",

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from eulerforge.config.schema import LoadPrecision
-from eulerforge.errors import ModelError
+from eulerforge.errors import ModelError, first_line
 from eulerforge.models.device import DTYPE_NAMES
+from eulerforge.models.sizes import gib
 
 QUANTIZED_MODES = ("int8", "int4")
 BLOCK = 64  # weights that share one scale in 4 bits; a row holds whole blocks
@@ -51,8 +52,8 @@ class QuantizationPlan:
         """What is announced before a byte of the weights is read."""
         kept = DTYPE_NAMES[self.dtype]
         lines = [
-            f"{describe(self.precision)}: {len(self.layers)} linear layers, {_gib(self.layer_bytes)} in {kept} become"
-            f" {_gib(self.quantized_bytes)}; {_gib(self.other_bytes)} (embeddings, output head, norms) stay {kept}"
+            f"{describe(self.precision)}: {len(self.layers)} linear layers, {gib(self.layer_bytes)} in {kept} become"
+            f" {gib(self.quantized_bytes)}; {gib(self.other_bytes)} (embeddings, output head, norms) stay {kept}"
         ]
         if self.unfit:
             names = ", ".join(f"{name} ({count} of {out} x {into})" for (name, out, into), count in self.unfit.items())
@@ -76,7 +77,7 @@ class QuantizationPlan:
                 f"{mode} does not reach the experts of {name}: {self._experts_line()}",
                 key=f"{KEY}.mode",
                 hint=f"--set {KEY}.allow_unquantized_experts=true loads them so all the same; the whole model then"
-                f" takes {_gib(self.expert_bytes + self.quantized_bytes + self.other_bytes)}",
+                f" takes {gib(self.expert_bytes + self.quantized_bytes + self.other_bytes)}",
             )
         if not self.layers:
             raise ModelError(
@@ -88,7 +89,7 @@ class QuantizationPlan:
     def _experts_line(self) -> str:
         return (
             f"{len(self.experts)} fused expert tensors, {self.experts[0]} first, stay {DTYPE_NAMES[self.dtype]} and"
-            f" take {_gib(self.expert_bytes)}"
+            f" take {gib(self.expert_bytes)}"
         )
 
 
@@ -107,7 +108,7 @@ def plan_from_config(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)
     except (ValueError, OSError, KeyError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise ModelError(f"{folder.name} cannot be loaded: {first}", key="model_name") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
@@ -281,12 +282,3 @@ def parameter_count(parameter: torch.Tensor) -> int:
     """How many numbers a parameter stands for: a 4-bit one packs two into a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
-
-
-def quantized_modules(model: nn.Module) -> int:
-    """How many layers of the model are quantized."""
-    return sum(quantized_ops(module) is not None for module in model.modules())
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 
 from eulerforge.config.location import resolve_location
-from eulerforge.errors import ModelError
+from eulerforge.errors import ModelError, first_line
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -76,7 +76,7 @@ def _from_hub(model_name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model_name, revision=revision, allow_patterns=list(HUB_FILES)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise ModelError(
             f"{model_name} is neither a local folder nor to be had from the hub: {first}",
             key="model_name",

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from eulerforge.errors import first_line
+
 T = TypeVar("T")
 
 
@@ -41,7 +43,7 @@ def isolated(doing: str, call: Callable[[], T]) -> T:
             f"it called sys.exit({error.code!r}) while {doing}", trace=traceback.format_exc()
         ) from error
     except BaseException as error:  # plugin code may raise anything, GeneratorExit included
-        first = (str(error).strip() or "no message").splitlines()[0]
+        first = first_line(error, "no message")
         raise PluginFailure(
             f"{type(error).__name__} while {doing}: {first}", hint=_hint(error), trace=traceback.format_exc()
         ) from error

@@ -21,12 +21,12 @@ from eulerforge.errors import PluginError, UsageError
 from eulerforge.lora.apply import Injected
 from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model, load_tokenizer, model_types
+from eulerforge.models.sizes import gib
 from eulerforge.models.soundness import refuse_ids_beyond
 from eulerforge.models.source import BaseSource
 from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.isolation import Isolation, isolate, prove
-from eulerforge.training.memory import gib
 from eulerforge.training.phases import PhasePlan, enter_phase
 from eulerforge.training.prefix import FrozenPrefix, first_trained_layer
 from eulerforge.training.recompute import Kept, every_of, measured_every, recompute_layers
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def eval_batch_size(self) -> int:
-        return self.config.evaluation.batch_size or self.config.training.batch_size
+        return self.config.eval_batch_size
 
     @property
     def eval_layout(self) -> Layout:
@@ -112,6 +112,7 @@ def assemble(
     prepare_torch(config, device)
     rehearsed = rehearse(config, registry)
     say(rehearsed if isinstance(rehearsed, str) else f"from config.json: {rehearsed.lines()[0]}")
+    tokenizer: Any = None
     datasets: Datasets | None = None
     parity: Parity | None = None
     if need_data or config.data.path:
@@ -121,7 +122,7 @@ def assemble(
             say(line)
         parity = check_parity(datasets.train, config.data, tokenizer)
         say(parity.line())
-    loaded = load_model(config, device=device, say=say)
+    loaded = load_model(config, device=device, tokenizer=tokenizer, say=say)
     injected, groups, phases = inject_and_plan(config, registry, loaded.model)
     warnings = [*injected.warnings, *phases.warnings, *(parity.warnings if parity is not None else ())]
     rows = int(loaded.model.get_input_embeddings().weight.shape[0])

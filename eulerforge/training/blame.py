@@ -13,7 +13,7 @@ from importlib import metadata
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from eulerforge.errors import EulerForgeError, PluginError
+from eulerforge.errors import EulerForgeError, PluginError, first_line
 from eulerforge.training.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def plugin_blamed(registry: Registry, step: Callable[[], int]) -> Iterator[None]
         for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
             owner = _owner(frame, registry)
             if owner is not None:
-                first = (str(error).strip() or "no message").splitlines()[0]
+                first = first_line(error, "no message")
                 code = frame.f_code
                 raise PluginError(
                     f"{owner} raised {type(error).__name__} in step {step() + 1}: {first}"

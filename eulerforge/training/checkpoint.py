@@ -31,7 +31,7 @@ from eulerforge.config.atomic import (
 )
 from eulerforge.errors import CheckpointError, RunError
 from eulerforge.lora.state import adapter_state, load_adapter_state
-from eulerforge.training.memory import gib
+from eulerforge.models.sizes import gib
 from eulerforge.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 ADAPTER_FILE = "adapter.safetensors"

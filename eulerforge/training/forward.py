@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from eulerforge.data.batches import Batch
+from eulerforge.data.rows import IGNORED
 from eulerforge.training.attention import NAME, no_mask
 from eulerforge.training.loss import summed_cross_entropy
-
-IGNORED = -100
 
 
 def label_token_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:

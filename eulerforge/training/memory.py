@@ -27,11 +27,6 @@ def peak_bytes(device: torch.device) -> int:
     return int(used if sys.platform == "darwin" else used * 1024)
 
 
-def gib(count: float) -> str:
-    """1536 MiB as "1.50 GiB"."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 @contextmanager
 def out_of_memory_advice(config: RunConfig) -> Iterator[None]:
     """Turn an out-of-memory error of the block into one that says what to change, with the run's own numbers.

@@ -22,7 +22,7 @@ from torch import nn
 
 from eulerforge.config.cachedir import cache_root
 from eulerforge.errors import ConfigError, RunError, UsageError
-from eulerforge.training.memory import gib
+from eulerforge.models.sizes import gib
 
 KEY = "training.cache_frozen_prefix"
 PROBE_LENGTH = 24

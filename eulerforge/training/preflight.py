@@ -12,9 +12,10 @@ import torch
 from eulerforge.data.batches import Batch, BatchPlan
 from eulerforge.errors import RunError
 from eulerforge.models.quantized import parameter_count
+from eulerforge.models.sizes import gib
 from eulerforge.training.assemble import Run
 from eulerforge.training.forward import label_token_loss
-from eulerforge.training.memory import KeptForBackward, fixed_bytes, gib
+from eulerforge.training.memory import KeptForBackward, fixed_bytes
 from eulerforge.training.optimizer import make_optimizer
 from eulerforge.training.phases import Phase, enter_phase
 

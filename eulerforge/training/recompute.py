@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from eulerforge.errors import UsageError
-from eulerforge.training.memory import KeptForBackward, gib
+from eulerforge.models.sizes import gib
+from eulerforge.training.memory import KeptForBackward
 
 OFFLOADED_BYTES = 1 << 20
 """Smaller tensors are not worth the way."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from eulerforge.training.memory import gib, peak_bytes
+from eulerforge.models.sizes import gib
+from eulerforge.training.memory import peak_bytes
 from eulerforge.training.progress import duration
 from eulerforge.training.prompts import Sample
 

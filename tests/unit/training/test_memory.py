@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from eulerforge.errors import RunError
-from eulerforge.training.memory import KeptForBackward, advice, fixed_bytes, gib, out_of_memory_advice, peak_bytes
+from eulerforge.models.sizes import gib
+from eulerforge.training.memory import KeptForBackward, advice, fixed_bytes, out_of_memory_advice, peak_bytes
 
 
 def test_gib() -> None:
