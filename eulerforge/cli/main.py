@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "env": ("env_command", "versions and folders, for a bug report"),
 }
 
+AGAIN = "nothing is left half written: the same command starts anew"
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with usage errors in our own form."""
@@ -74,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_problems(error.problems, as_json)
         return error.exit_code
     except KeyboardInterrupt:
-        hint = "a run goes on from its newest checkpoint: the same command with --resume"
         trains = arguments[:1] == ["train"]
-        _print_problems([Problem(message="interrupted", hint=hint if trains else None)], as_json)
+        hint = "a run goes on from its newest checkpoint: the same command with --resume" if trains else AGAIN
+        _print_problems([Problem(message="interrupted", hint=hint)], as_json)
         return 130
     except BrokenPipeError:
         # the reader of our output went away, as `| head` does; keep the interpreter's last flush quiet

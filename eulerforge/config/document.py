@@ -51,9 +51,13 @@ def read_document(path: Path) -> Document:
             )
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the preset is not UTF-8 (byte {error.start})", source=str(path)) from None
+        raise ConfigError(
+            f"the preset is not UTF-8 (byte {error.start})", source=str(path), hint="save it as UTF-8"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"the preset cannot be read: {error.strerror}", source=str(path)) from None
+        raise ConfigError(
+            f"the preset cannot be read: {error.strerror}", source=str(path), hint="give a file that you can read"
+        ) from None
     if path.suffix == ".toml":
         from eulerforge.config.toml_reader import read_toml
 
@@ -62,4 +66,8 @@ def read_document(path: Path) -> Document:
         from eulerforge.config.yaml_reader import read_yaml
 
         return Document(path=path, tree=(found := read_yaml(text, path))[0], lines=found[1])
-    raise ConfigError(f"a preset ends in .toml, .yml or .yaml, not {path.suffix or 'in nothing'}", source=str(path))
+    raise ConfigError(
+        f"a preset ends in .toml, .yml or .yaml, not {path.suffix or 'in nothing'}",
+        source=str(path),
+        hint="rename it after what is in it",
+    )

@@ -61,7 +61,8 @@ def apply_overrides(tree: dict[str, Any], sets: Sequence[str]) -> tuple[set[str]
         for depth, part in enumerate(parents, 1):
             if not isinstance(node.setdefault(part, {}), dict):
                 where = ".".join(parents[:depth])
-                problems.append(Problem(message=f"{where} is a value, not a table", key=key, source=SOURCE))
+                hint = f"leave out --set {where}=..., or write the keys below it only"
+                problems.append(Problem(message=f"{where} is a value, not a table", key=key, source=SOURCE, hint=hint))
                 break
             node = node[part]
         else:

@@ -47,7 +47,9 @@ def phase_problems(
         if training.max_train_steps is not None and phase.step >= training.max_train_steps:
             warnings.append(
                 Problem(
-                    key=f"{key}.step", message=f"the phase never begins: the run ends at {training.max_train_steps}"
+                    key=f"{key}.step",
+                    message=f"the phase never begins: the run ends at {training.max_train_steps}",
+                    hint="raise training.max_train_steps, or take the phase away",
                 )
             )
         if not phase.trainable:

@@ -20,6 +20,7 @@ _FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|
 _DIGITS = 4300  # Python reads no longer integers: the time grows with the square of their length
 MAX_EVENTS = 20_000
 _TAG = "tag:yaml.org,2002:"
+MEND = "look at that line and the one before it: indentation, quotes, brackets"
 
 
 def read_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -34,15 +35,15 @@ def read_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(error.problem or "malformed YAML", source=where) from None
+        raise ConfigError(error.problem or "malformed YAML", source=where, hint=MEND) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"malformed YAML: {str(error).splitlines()[0]}", source=str(path)) from None
+        raise ConfigError(f"malformed YAML: {str(error).splitlines()[0]}", source=str(path), hint=MEND) from None
     if node is None:
         return {}, {}
     builder = _Builder(path)
     tree = builder.value(node, "")
     if not isinstance(tree, dict):
-        raise ConfigError("a preset is a mapping of keys", source=f"{path}:1")
+        raise ConfigError("a preset is a mapping of keys", source=f"{path}:1", hint="write key: value lines")
     if builder.problems:
         raise ConfigError.of(builder.problems)
     return tree, builder.lines

@@ -51,7 +51,8 @@ class BadRows:
         """One DataError with every kept problem, and how many more there are."""
         shown = list(self.problems)
         if self.total > len(shown):
-            shown.append(Problem(message=f"{self.total - len(shown):,} more problems like these are not shown"))
+            more = f"{self.total - len(shown):,} more problems like these are not shown"
+            shown.append(Problem(message=more, hint="mend the kinds that are shown, then look again"))
         return DataError.of(shown)
 
 

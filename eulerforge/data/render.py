@@ -213,7 +213,11 @@ def prompt_text(renderer: Renderer, row: Row) -> str:
     if isinstance(row, TextRow):
         return row.text
     if isinstance(row, ProcessedRow):
-        raise DataError("a row of token ids has no text to start from", source=row.where)
+        raise DataError(
+            "a row of token ids has no text to start from",
+            source=row.where,
+            hint="give rows of text, of a prompt and its response, or of messages",
+        )
     turns = row.messages[:-1] if row.messages[-1].role == "assistant" else row.messages
     try:
         return renderer.prompt(turns, row.separator)

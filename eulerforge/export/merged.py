@@ -35,6 +35,7 @@ from eulerforge.models.device import DTYPE_NAMES, DTYPES
 from eulerforge.models.quantized import QUANTIZED_MODES
 
 RECEIPT = "eulerforge_export.json"
+OTHER_BASE = "merge with the base that the run was trained on"
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 and what older tools wrote
 
 
@@ -60,7 +61,10 @@ class Change:
         if self.adapter is not None:
             part = self.adapter.merged_part(self.parameter, part, index if self.adapter.merges_in_parts else ()).cpu()
         if part.numel() != base.numel():
-            raise ModelError(f"{self.live}: the adapter gives {tuple(part.shape)}, the file holds {tuple(base.shape)}")
+            raise ModelError(
+                f"{self.live}: the adapter gives {tuple(part.shape)}, the file holds {tuple(base.shape)}",
+                hint=OTHER_BASE,
+            )
         return part.reshape(base.shape)
 
 
@@ -248,7 +252,8 @@ def _write_shard(
         change, piece = found
         if piece.shape(change.shape) != entry.shape:
             raise ModelError(
-                f"{change.live} is {change.shape} in the run and {entry.shape} in the base's files, as {entry.name}"
+                f"{change.live} is {change.shape} in the run and {entry.shape} in the base's files, as {entry.name}",
+                hint=OTHER_BASE,
             )
         whole = change.adapter is not None and not change.adapter.merges_in_parts
         rewrites[entry.name] = Rewrite(dtype=dtype, change=partial(change.rows, piece), whole=whole)

@@ -55,7 +55,10 @@ def layer_names(model: nn.Module, adapter: BackboneAdapter, layers: Sequence[nn.
     """
     names = {id(module): name for name, module in model.named_modules()}
     if any(id(layer) not in names for layer in layers):
-        raise ModelError(f"the backbone adapter {type(adapter).__name__} gives a layer that is not in the model")
+        raise ModelError(
+            f"the backbone adapter {type(adapter).__name__} gives a layer that is not in the model",
+            hint="its find_transformer_layers must give modules of the model itself; tell the plugin's author",
+        )
     return tuple(names[id(layer)] for layer in layers)
 
 

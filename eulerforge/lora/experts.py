@@ -136,7 +136,10 @@ def refuse_other_layout(base_layer: nn.Module, parameters: Sequence[str]) -> Non
     kind = type(base_layer).__name__
     own = dict(base_layer.named_parameters(recurse=False))
     if unknown := sorted({GATE_UP, DOWN, *parameters} - own.keys()) or sorted(set(parameters) - {GATE_UP, DOWN}):
-        raise ModelError(f"{kind} has no parameter {unknown[0]} that LoRA on experts knows")
+        raise ModelError(
+            f"{kind} has no parameter {unknown[0]} that LoRA on experts knows",
+            hint="leave the experts out of injection.target_keywords",
+        )
     wrong = [
         f"{flag} is {value}" for flag, want in LAYOUT.items() if (value := getattr(base_layer, flag, want)) != want
     ]

@@ -37,7 +37,11 @@ class TableAdapter:
         get_decoder = getattr(model, "get_decoder", None)
         layers = getattr(get_decoder(), "layers", None) if callable(get_decoder) else None
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            raise ModelError(f"{type(model).__name__} has no decoder layers that {type(self).__name__} knows")
+            raise ModelError(
+                f"{type(model).__name__} has no decoder layers that {type(self).__name__} knows",
+                hint="name another backbone; eulerforge plugins list shows them",
+                key="backbone",
+            )
         return list(layers)
 
     def find_sites(self, layer: nn.Module) -> Sequence[Site]:

@@ -109,7 +109,9 @@ def plan_from_config(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)
     except (ValueError, OSError, KeyError, ImportError) as error:
         first = first_line(error)
-        raise ModelError(f"{folder.name} cannot be loaded: {first}", key="model_name") from error
+        raise ModelError(
+            f"{folder.name} cannot be loaded: {first}", key="model_name", hint="--debug shows the whole error"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"{folder.name} is stored quantized already",
@@ -129,7 +131,11 @@ def plan_of(model: Any, precision: LoadPrecision, dtype: torch.dtype) -> Quantiz
     decoder_layers = getattr(get_decoder(), "layers", None) if callable(get_decoder) else None
     prefix = next((name for name, module in model.named_modules() if module is decoder_layers), None)
     if decoder_layers is None or prefix is None:
-        raise ModelError(f"{type(model).__name__} has no decoder layers, so nothing of it can be quantized")
+        raise ModelError(
+            f"{type(model).__name__} has no decoder layers, so nothing of it can be quantized",
+            key=f"{KEY}.mode",
+            hint="load it in bf16, fp16 or fp32",
+        )
     layers, experts, numbers, scales = [], [], 0, 0.0
     unfit: Counter[tuple[str, int, int]] = Counter()
     for path, module in decoder_layers.named_modules(prefix=prefix):

@@ -12,6 +12,7 @@ from eulerforge.config.location import resolve_location
 from eulerforge.errors import ModelError, first_line
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+NO_CONFIG_HINT = "give the folder of a Hugging Face model: config.json, tokenizer files and safetensors"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -40,7 +41,7 @@ def resolve_source(
         from eulerforge.models.gguf import converted_folder
 
         if not path.is_file():
-            raise ModelError(f"there is no file {path}", key="model_name")
+            raise ModelError(f"there is no file {path}", key="model_name", hint="give the path of a .gguf file")
         return BaseSource(kind="gguf", name=model_name, folder=converted_folder(path, say=say))
     if path.is_dir():
         return BaseSource(kind="folder", name=model_name, folder=_checked(path, model_name))
@@ -55,7 +56,7 @@ def resolve_source(
 
 def _checked(folder: Path, model_name: str) -> Path:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{model_name}: the folder has no config.json", key="model_name")
+        raise ModelError(f"{model_name}: the folder has no config.json", key="model_name", hint=NO_CONFIG_HINT)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
         raise ModelError(

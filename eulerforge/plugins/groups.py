@@ -38,7 +38,10 @@ class DeclaredGroups:
         except PluginFailure as failure:
             if isinstance(failure.__cause__, EulerForgeError):
                 raise failure.__cause__ from None
-            raise PluginError(f"plugin {self.plugin}: {self.spec.name}: {failure.reason}") from failure
+            raise PluginError(
+                f"plugin {self.plugin}: {self.spec.name}: {failure.reason}",
+                hint=failure.hint or "--debug shows the traceback; report it to the plugin's author",
+            ) from failure
         undeclared = sorted(set(found) - set(self.spec.groups))
         if undeclared:
             raise PluginError(

@@ -62,7 +62,10 @@ class PluginRecord:
 
     def problem(self) -> Problem:
         """The record as an error to show."""
-        return Problem(message=f"plugin {self.qualified_name} is {self.status}: {self.reason}", hint=self.hint or None)
+        return Problem(
+            message=f"plugin {self.qualified_name} is {self.status}: {self.reason}",
+            hint=self.hint or f"eulerforge plugins show {self.name}",
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -196,7 +196,7 @@ class Registry:
 
     def _warn(self, message: str) -> None:
         if all(known.message != message for known in self._warnings):
-            self._warnings.append(Problem(message=message))
+            self._warnings.append(Problem(message=message, hint=LIST_HINT))
 
     def _specs(self, kind: str) -> tuple[AnySpec, ...]:
         return tuple(offer.spec for record in self.records for offer in record.offers if offer.kind == kind)

@@ -228,7 +228,7 @@ def read_state(folder: Path) -> TrainState:
     try:
         return TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / STATE_FILE} cannot be read: {error}") from error
+        raise CheckpointError(f"{folder / STATE_FILE} cannot be read: {error}", hint=OTHER_HINT) from error
 
 
 def write_manifest(
@@ -283,7 +283,9 @@ def complete_checkpoints(out: Path, *, say: Callable[[str], None] | None = None,
             theirs = verify(folder).get("run_id", "")
             read_state(folder)
             if run_id and theirs and theirs != run_id:
-                raise CheckpointError(f"it belongs to another run ({theirs}, this one is {run_id})")
+                raise CheckpointError(
+                    f"it belongs to another run ({theirs}, this one is {run_id})", hint="move it out of this folder"
+                )
         except CheckpointError as error:
             if say is not None:
                 say(f"skipped {folder.name}: {error}")

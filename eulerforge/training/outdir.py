@@ -54,7 +54,7 @@ def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
             "--resume and --overwrite exclude each other", hint="--resume goes on, --overwrite starts anew"
         )
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is not a folder", key="output_dir")
+        raise UsageError(f"{out} is not a folder", key="output_dir", hint="give a folder, or a name that is free")
     if is_used(out) and not (resume or overwrite):
         state = "a finished run" if is_finished(out) else "an unfinished run"
         raise UsageError(

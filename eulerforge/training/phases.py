@@ -86,7 +86,10 @@ def resolve_groups(
                 )
             unknown = [name for name in names if name not in known]
             if unknown:
-                raise PluginError(f"phase group resolver {spec.name}: {unknown[0]!r} is not a parameter of the model")
+                raise PluginError(
+                    f"phase group resolver {spec.name}: {unknown[0]!r} is not a parameter of the model",
+                    hint="its resolve must give names of model.named_parameters(); tell the plugin's author",
+                )
             found[group], offered_by[group] = tuple(names), spec.name
     for group, names in report.groups.items():
         found.setdefault(group, names)
@@ -143,7 +146,11 @@ def _refuse_overlap(groups: Groups) -> None:
     for group, names in groups.items():
         for name in names:
             if owner.setdefault(name, group) != group:
-                raise PluginError(f"{name} is in two phase groups, {owner[name]} and {group}", key="training.phases")
+                raise PluginError(
+                    f"{name} is in two phase groups, {owner[name]} and {group}",
+                    key="training.phases",
+                    hint="name one of the two groups only, or switch one plugin off with --no-plugin",
+                )
 
 
 def enter_phase(model: nn.Module, plan: PhasePlan, phase: Phase) -> list[nn.Parameter]:

@@ -109,7 +109,11 @@ class FrozenPrefix:
             whole = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
             hook.remove()
             if not isinstance(seen[0], torch.Tensor):
-                raise RunError(f"a decoder layer gives a {type(seen[0]).__name__}, not its hidden states", key=KEY)
+                raise RunError(
+                    f"a decoder layer gives a {type(seen[0]).__name__}, not its hidden states",
+                    key=KEY,
+                    hint=f"--set {KEY}=false",
+                )
             with self._standing_in(seen[0]):
                 again = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
         finally:

@@ -119,7 +119,10 @@ class _Replay:
         step = row["step"]
         theirs = (self.losses if "loss" in row else self.held_out).get(step)
         if theirs is None and "loss" in row:
-            raise CheckpointError(f"{self.run.out}: metrics.jsonl has no row for step {step}")
+            raise CheckpointError(
+                f"{self.run.out}: metrics.jsonl has no row for step {step}",
+                hint="the log was cut: --steps must end before it",
+            )
         for key in COMPARED:
             if theirs is None or key not in row or key not in theirs:
                 continue
@@ -175,7 +178,9 @@ def _compared_folders(out: Path, say: Say) -> dict[int, list[Path]]:
     for folder in _with_final(out, complete_checkpoints(out, say=say, run_id=run_id)):
         found.setdefault(read_state(folder).step, []).append(folder)
     if not found:
-        raise CheckpointError(f"{out} has no complete checkpoint to hold a replay against")
+        raise CheckpointError(
+            f"{out} has no complete checkpoint to hold a replay against", hint="train it first: a replay needs one"
+        )
     return found
 
 
