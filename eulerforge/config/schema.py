@@ -85,6 +85,19 @@ class DataConfig:
     validation: ValidationConfig = setting(factory=ValidationConfig, help="Held-out rows")
     max_rows: int | None = setting(None, ge=1, help="Read this many rows at most")
     on_long: str = setting("truncate", choices=("truncate", "drop"), help="What happens to rows beyond max_length")
+    max_cut_answers: float = setting(
+        0.2,
+        ge=0,
+        le=1,
+        help="Share of the rows whose answer max_length may cut before the token that ends it; beyond it the run stops",
+    )
+    max_stray_specials: float = setting(
+        0.01,
+        ge=0,
+        le=1,
+        help="Share of the rows that may hold a special token out of place (a second BOS, a token's text in a message);"
+        " beyond it the run stops, and 1 takes a chat template that repeats the BOS too",
+    )
     packing: str = setting(
         "flat",
         choices=("flat", "bins", "off"),

@@ -1,7 +1,9 @@
 """The gate between training and inference: what the model is trained on is what it will be asked, token by token.
 
+Checked on the template: it puts one BOS before a conversation, and a header before an answer where it is asked for one.
 Checked on rows spread over the data: the prompt that inference renders is a token prefix of the training row and the
-training begins right behind it; there is one BOS; the token that ends an answer is trained.
+training begins right behind it; the token that ends an answer is trained.
+Checked on every row, while it was tokenized (``findings``): special tokens out of place, answers that are cut.
 What is found is named after its usual cause: a double BOS, pad = eos, a missing generation marker, a cut answer.
 """
 
@@ -14,9 +16,12 @@ import attrs
 import numpy as np
 
 from eulerforge.data.files import find_files
+from eulerforge.data.findings import special_ids, too_many
+from eulerforge.data.prepared import Datasets
 from eulerforge.data.read import BadRows, SourceRow, read_rows
 from eulerforge.data.render import Renderer, render_prompt
 from eulerforge.data.rows import ChatRow, Message, RowParser
+from eulerforge.data.tokenize import RowTokenizer
 from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.errors import DataError
 
@@ -47,25 +52,28 @@ class Parity:
         )
 
 
-def check_parity(rows: TokenizedRows, config: DataConfig, tokenizer: Any) -> Parity:
+def check_parity(datasets: Datasets, config: DataConfig, tokenizer: Any) -> Parity:
     """Look at the rows.
 
     Raises:
         DataError: it names the row and the cause.
     """
+    rows = datasets.train
     if config.format != "processed":
         _refuse_missing_marker(config, tokenizer)
+        if config.max_stray_specials < 1:
+            _refuse_bos_of_the_template(config, tokenizer)
     places = [int(place) for place in np.unique(np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).astype(int))]
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     whole = stopped = 0
     for place in places:
         ids, labelled = rows.row(place)
-        _refuse_double_bos(ids, tokenizer, rows.source(place))
         if len(ids) >= config.max_length:
-            continue  # cut off, which the data report counts
+            continue  # cut off, which was counted
         whole += 1
         _refuse_masked_stop(ids, labelled, tokenizer, rows.source(place))
         stopped += int(ids[np.flatnonzero(labelled)[-1]]) in special
+    _refuse_too_many(datasets, config)  # behind pad = eos, which is one way to lose the stop
     prompts = 0
     for place, row in _lines_of(rows, places[:ASKED], config):
         prompts += _refuse_other_prompt(rows, place, row, config, tokenizer)
@@ -78,15 +86,56 @@ def check_parity(rows: TokenizedRows, config: DataConfig, tokenizer: Any) -> Par
     return Parity(prompts=prompts, rows=len(places), whole=whole, stopped=stopped, warnings=warnings)
 
 
-def _refuse_double_bos(ids: np.ndarray[Any, Any], tokenizer: Any, source: str) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is None or bos == tokenizer.eos_token_id:
+def _refuse_too_many(datasets: Datasets, config: DataConfig) -> None:
+    """Cut answers and special tokens out of place, beyond the shares that the preset allows."""
+    problems = [
+        problem
+        for part in datasets.report.parts
+        for problem in too_many(
+            part.findings,
+            part.rows_usable,
+            longest=part.longest,
+            max_length=config.max_length,
+            cut=config.max_cut_answers,
+            stray=config.max_stray_specials,
+        )
+    ]
+    if problems:
+        raise DataError.of(problems)
+
+
+def _refuse_bos_of_the_template(config: DataConfig, tokenizer: Any) -> None:
+    """A template that doubles the BOS, or puts one before an answer too; and a system prompt that holds a token."""
+    renderer = Renderer(config, tokenizer)
+    if not renderer.uses_template:
         return
-    if (ids[:2] == bos).sum() == 2:
+    if config.system_prompt and renderer.holds_special([Message("system", config.system_prompt)]):
         raise DataError(
-            f"double BOS: the row begins with {tokenizer.bos_token} twice",
-            source=source,
-            hint="the text, or the tool that made the ids, puts a BOS where the tokenizer puts one too: leave it out",
+            "the text of a special token is written out in it, and would be read as that token",
+            key="data.system_prompt",
+            hint="take it out: the chat template puts its own; data.max_stray_specials=1 trains on it",
+        )
+    bos = tokenizer.bos_token_id
+    try:
+        asked = renderer.prompt([Message("user", _QUESTION)], "")
+        again = [Message("user", _QUESTION), Message("assistant", _ANSWER), Message("user", _QUESTION)]
+        turns = renderer.prompt(again, "")
+    except Exception:  # noqa: BLE001 - a template may raise anything; its rows say what is wrong, one by one
+        return
+    encode = RowTokenizer(tokenizer).prompt
+    first, more = encode(asked), encode(turns)
+    if bos is None or bos == tokenizer.eos_token_id:
+        wrong = bos is not None and first[:2] == [bos, bos]
+    else:
+        # behind an EOS it begins a sequence of its own, as in Llama 2's template
+        inner = [index for index, token in enumerate(more) if token == bos and index]
+        wrong = first.count(bos) > 1 or any(more[index - 1] != tokenizer.eos_token_id for index in inner)
+    if wrong:
+        where = "twice in front" if first[:2] == [bos, bos] else "before more turns than the first"
+        raise DataError(
+            f"double BOS: the chat template puts {tokenizer.bos_token} {where}",
+            key="data.template",
+            hint="mend the chat template, or --set data.template=none; data.max_stray_specials=1 trains on it as it is",
         )
 
 
@@ -164,8 +213,3 @@ def _lines_of(rows: TokenizedRows, places: list[int], config: DataConfig) -> Ite
                 if source.line == line:
                     yield place, source
                 break
-
-
-def _special_ids(tokenizer: Any) -> set[int]:
-    special = {int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special | {int(index) for index in tokenizer.all_special_ids}

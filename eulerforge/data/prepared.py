@@ -19,6 +19,7 @@ from eulerforge.config.cachedir import cache_root
 from eulerforge.data.cache import CacheEntry, EntryWriter, cache_key, tokenizer_sha256
 from eulerforge.data.duplicates import count_repeated, overlap_error, row_hashes, shared_rows
 from eulerforge.data.files import DataFile, find_files
+from eulerforge.data.findings import RowFindings, findings_of
 from eulerforge.data.read import BadRows, read_rows
 from eulerforge.data.render import Rendered, Renderer
 from eulerforge.data.report import DataReport, PartReport
@@ -133,7 +134,7 @@ class _Preparation:
             collected = MemoryRows()
             facts = self._build(files, max_rows, collected)
             rows = collected.finish(names)
-        report = PartReport(files=names, **facts)
+        report = PartReport(files=names, **{**facts, "findings": findings_of(facts["findings"], names)})
         if not len(rows):
             raise self._nothing_left(report)
         return rows, report
@@ -176,25 +177,37 @@ class _Preparation:
         bad = BadRows()
         kinds: Counter[str] = Counter()
         dropped: Counter[str] = Counter()
-        truncated = 0
+        findings = RowFindings(self._tokenizer)
+        truncated = lost = longest = 0
         parsed = islice(self._parsed(files, bad), max_rows)
-        for chunk, found in self._tokenized(parsed, bad):
-            kept = RowChunk()
+        for chunk, found, stray in self._tokenized(parsed, bad):
+            kept, written = RowChunk(), set()
             kinds.update(row.kind for _, row in chunk)
-            for (file, row), tokens in zip(chunk, found, strict=True):
+            for place, ((file, row), tokens) in enumerate(zip(chunk, found, strict=True)):
                 if tokens is None:
                     continue
                 ids, labelled = tokens
-                if len(ids) > self.config.max_length:
+                whole = len(ids)
+                if whole > self.config.max_length:
                     if self.config.on_long == "drop":
                         dropped[TOO_LONG] += 1
+                        lost += whole
                         continue
                     ids, labelled = ids[: self.config.max_length], labelled[: self.config.max_length]
-                    truncated += bool(labelled.any())
                 if not labelled.any():
                     dropped[NO_LABELS] += 1
+                    lost += whole
                     continue
-                kept.add(ids, labelled, (file, row.line))
+                cut = whole > self.config.max_length
+                truncated += cut
+                lost += whole - len(ids)
+                longest = max(longest, whole)
+                origin = (file, row.line)
+                findings.ending(row, ids, labelled, origin, truncated=cut)
+                if place in stray:
+                    written.add(len(kept.ids))
+                kept.add(ids, labelled, origin)
+            findings.stray(kept, written)
             out.add(kept)
         bad.raise_if_any()
         return {
@@ -202,6 +215,9 @@ class _Preparation:
             "kinds": dict(kinds),
             "dropped": dict(dropped),
             "truncated": truncated,
+            "lost_tokens": lost,
+            "longest": longest,
+            "findings": findings.to_facts(),
         }
 
     def _parsed(self, files: Sequence[DataFile], bad: BadRows) -> Iterator[tuple[int, Row]]:
@@ -213,8 +229,8 @@ class _Preparation:
 
     def _tokenized(
         self, parsed: Iterator[tuple[int, Row]], bad: BadRows
-    ) -> Iterator[tuple[list[tuple[int, Row]], list[Tokens | None]]]:
-        """Chunks of rows with (ids, labelled) of each, None where ``bad`` names it.
+    ) -> Iterator[tuple[list[tuple[int, Row]], list[Tokens | None], set[int]]]:
+        """Chunks of rows, (ids, labelled) of each, None where ``bad`` names it, and which hold stray special tokens.
 
         While the tokenizer works on one chunk, the next is parsed and rendered.
         """
@@ -230,7 +246,8 @@ class _Preparation:
                         waiting.append((chunk, rendered, encoded))
                 if len(waiting) > 1 or (waiting and not chunk):
                     chunk_before, rendered, encoded = waiting.popleft()
-                    yield chunk_before, self._tokens(chunk_before, rendered, encoded.result(), bad)
+                    stray = {place for place, one in rendered if one.stray}
+                    yield chunk_before, self._tokens(chunk_before, rendered, encoded.result(), bad), stray
                 elif not chunk:
                     return
 

@@ -9,6 +9,7 @@ the whole. A template for which that is not so would be trained on one prompt an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,16 @@ _NO_TEMPLATE_HINT = "--set data.template=none trains on plain text"
 
 @attrs.frozen(kw_only=True)
 class Rendered:
-    """Text with the half-open character spans of it that are trained, in order and apart."""
+    """Text with the half-open character spans of it that are trained, in order and apart.
+
+    ``stray`` says that a message holds the text of a special token, which its template did not put there.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     where: str
     line: int
+    stray: bool = False
 
 
 class Renderer:
@@ -55,6 +60,7 @@ class Renderer:
         self._eos = tokenizer.eos_token or ""
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._closers = tuple(special | {token for token in tokenizer.all_special_tokens if token})
+        self._special_text = re.compile("|".join(map(re.escape, self._closers)) or r"(?!)")
         self._end_marker = self._probe_end_marker() if self.uses_template else ""
         self._cues = cues_of(str(tokenizer.chat_template) if self.uses_template else "")
         self._shapes: dict[tuple[str, ...], TemplateShape | None] = {}
@@ -86,7 +92,7 @@ class Renderer:
         if shape is None or not is_plain(messages, self._cues):
             return None
         text, spans = shape.fill(messages)
-        return Rendered(text=text, spans=spans, where=row.where, line=row.line)
+        return Rendered(text=text, spans=spans, where=row.where, line=row.line, stray=self.holds_special(row.messages))
 
     def render(self, row: ChatRow | TextRow, bad: BadRows) -> Rendered | None:
         """The row's text and spans, or None when the template cannot render it: then ``bad`` says why."""
@@ -108,7 +114,7 @@ class Renderer:
         except _NotAPrefixError as error:
             bad.add(row.where, str(error), key="data.template", hint=_NO_TEMPLATE_HINT)
             return None
-        return Rendered(text=text, spans=spans, where=row.where, line=row.line)
+        return Rendered(text=text, spans=spans, where=row.where, line=row.line, stray=self.holds_special(row.messages))
 
     def prompt(self, messages: Sequence[Message], separator: str) -> str:
         """The text from which the next answer is generated."""
@@ -116,6 +122,10 @@ class Renderer:
         if self.uses_template:
             return self._apply(turns, generate=True)
         return self._joined((*turns, Message("assistant", "")), separator, close_last=False)[0]
+
+    def holds_special(self, messages: Sequence[Message]) -> bool:
+        """Whether a message holds the text of a special token."""
+        return any(self._special_text.search(message.content) for message in messages)
 
     def _with_system(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """data.system_prompt in front, unless the row brings its own."""

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
+from eulerforge.data.findings import Finding
+
 
 @attrs.frozen(kw_only=True)
 class PartReport:
-    """The rows of one part, training or validation, after tokenizing."""
+    """The rows of one part, training or validation, after tokenizing.
+
+    ``lost_tokens`` are those that were cut off or dropped; ``longest`` is the longest usable row before it was cut.
+    """
 
     files: tuple[str, ...]
     rows_read: int
     kinds: dict[str, int]
     dropped: dict[str, int]
     truncated: int
+    lost_tokens: int
+    longest: int
+    findings: Mapping[str, Finding]
 
     @property
     def rows_usable(self) -> int:
         return self.rows_read - sum(self.dropped.values())
 
     def to_json(self) -> dict[str, Any]:
-        return {**attrs.asdict(self), "files": list(self.files), "rows_usable": self.rows_usable}
+        findings = {name: {"count": one.count, "first": list(one.first)} for name, one in self.findings.items()}
+        plain = attrs.asdict(self, recurse=False)
+        return {**plain, "files": list(self.files), "findings": findings, "rows_usable": self.rows_usable}
 
 
 @attrs.frozen(kw_only=True)
@@ -55,6 +66,9 @@ class DataReport:
             if part.truncated:
                 out.append(f"  {part.truncated:,} rows truncated to data.max_length = {self.max_length:,} tokens")
             out += [f"  {count:,} rows dropped: {reason}" for reason, count in part.dropped.items() if count]
+            if part.lost_tokens:
+                out.append(f"  {part.lost_tokens:,} tokens are lost with them; the longest row has {part.longest:,}")
+            out += [f"  {one.count:,} rows with {name}: {one.places()}" for name, one in part.findings.items()]
         for name, rows, tokens, labels in (
             ("training", self.train_rows, self.train_tokens, self.train_label_tokens),
             ("validation", self.validation_rows, self.validation_tokens, self.validation_label_tokens),

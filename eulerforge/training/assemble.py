@@ -120,7 +120,7 @@ def assemble(
         datasets = build_dataset(config.data, tokenizer, seed=config.seed)
         for line in datasets.report.lines():
             say(line)
-        parity = check_parity(datasets.train, config.data, tokenizer)
+        parity = check_parity(datasets, config.data, tokenizer)
         say(parity.line())
     loaded = load_model(config, device=device, tokenizer=tokenizer, say=say)
     injected, groups, phases = inject_and_plan(config, registry, loaded.model)

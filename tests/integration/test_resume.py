@@ -166,7 +166,7 @@ def test_a_used_folder_is_refused_before_anything_is_done(
         ({"seed": 7}, "seed"),
         ({"training__batch_size": 4}, "training.batch_size"),
         ({"training__grad_accum_steps": 1}, "training.grad_accum_steps"),
-        ({"data__max_length": 64}, "data"),
+        ({"data__max_length": 64, "data__max_cut_answers": 1}, "data"),
         ({"data__validation__seed": 9}, "data.validation"),
         ({"injection__lora_alpha": 16}, "injection.lora_alpha"),
         ({"injection__lora_dropout": 0.2}, "injection.lora_dropout"),
