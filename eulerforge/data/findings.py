@@ -53,9 +53,9 @@ class RowFindings:
         self._special = special_ids(tokenizer)
         self._found: dict[str, tuple[int, list[tuple[int, int]]]] = {}
 
-    def ending(self, row: Row, ids: Ids, labelled: Ids, origin: tuple[int, int], *, truncated: bool) -> None:
-        """Note a row whose trained answer was cut: by us, or by the tool that made its ids."""
-        if row.kind == "text" or self._eos is None or not (truncated or row.kind == "processed"):
+    def ending(self, row: Row, ids: Ids, labelled: Ids, origin: tuple[int, int]) -> None:
+        """Note a row whose trained answer is cut, of those that have as many tokens as a row may have."""
+        if row.kind == "text" or self._eos is None:
             return
         if int(ids[np.flatnonzero(labelled)[-1]]) not in self._special:
             self._note(CUT, origin)
@@ -114,7 +114,7 @@ def too_many(
     """
     found = findings.get(CUT)
     if found and found.count > cut * rows:
-        cure = "the tool that made the ids left the token out: put it there"
+        cure = "the tool that made the ids cut them at this length: make longer ones"
         if longest > max_length:
             cure = f"--set data.max_length={longest} keeps all of them whole, data.on_long=drop leaves them out"
         yield Problem(

@@ -203,7 +203,9 @@ class _Preparation:
                 lost += whole - len(ids)
                 longest = max(longest, whole)
                 origin = (file, row.line)
-                findings.ending(row, ids, labelled, origin, truncated=cut)
+                findings.ending(
+                    row, ids, labelled, origin, full=cut or (self._processed and whole == self.config.max_length)
+                )
                 if place in stray:
                     written.add(len(kept.ids))
                 kept.add(ids, labelled, origin)

@@ -80,7 +80,8 @@ def test_pad_is_eos_and_a_cut_answer_in_ids(train: Train, tmp_path: Path) -> Non
     masked = {"input_ids": [40, 41, 42, eos], "labels": [-100, 41, 42, -100]}
     code, err = train([masked] * 4, data__format="processed")
     assert (code, f"error: {rows}:1: pad = eos" in err) == (2, True), err
-    code, err = train([{"input_ids": [40, 41, 42], "labels": [-100, 41, 42]}] * 4, data__format="processed")
+    cut = {"input_ids": [40, 41, 42], "labels": [-100, 41, 42]}
+    code, err = train([cut] * 4, data__format="processed", data__max_length=3)
     assert (code, f"error: {rows}:1: data.max_length: cut answer: 4 of 4 rows (100%)" in err) == (2, True), err
 
 

@@ -146,7 +146,7 @@ def test_a_missing_generation_marker(gate: Gate, with_template: Any) -> None:
 
 def test_cut_answers_are_said(gate: Gate, plain: Any, no_eos: Any) -> None:
     rows = [{"input_ids": [40, 41, 42], "labels": [-100, 41, 42]}]
-    (warning,) = gate(plain, rows, format="processed", max_cut_answers=1.0).warnings
+    (warning,) = gate(plain, rows, format="processed").warnings
     assert warning.startswith("cut answers: 1 of 1 rows")
     assert gate(no_eos).warnings[0].startswith("cut answers: 8 of 8 rows")
 
@@ -194,6 +194,11 @@ def test_a_cut_text_or_question_is_no_cut_answer(gate: Gate, chatml: Any, no_eos
 def test_answers_cut_by_the_tool_that_made_the_ids(gate: Gate, plain: Any) -> None:
     eos = plain.eos_token_id
     cut, whole = ({"input_ids": [40, 41, 42, *end], "labels": [-100, 41, 42, *end]} for end in ([], [eos]))
-    assert gate(plain, [cut, *[whole] * 4], format="processed").warnings[0].startswith("cut answers: 1 of 5")
-    with pytest.raises(DataError, match=r"cut answer: 1 of 1 rows \(100%\)"):
-        gate(plain, [cut], format="processed")
+    assert gate(plain, [cut, whole], format="processed").warnings[0].startswith("cut answers: 1 of 2")
+    assert gate(plain, [cut, *[whole] * 4], format="processed", max_length=4).warnings  # shorter than a row may be
+    with pytest.raises(DataError, match=r"cut answer: 1 of 1 rows \(100%\)") as caught:
+        gate(plain, [cut], format="processed", max_length=3)
+    assert "make longer ones" in (caught.value.problems[0].hint or "")
+    with pytest.raises(DataError, match=r"cut answer: 1 of 1 rows") as caught:
+        gate(plain, [whole], format="processed", max_length=3)
+    assert "data.max_length=4 keeps all" in (caught.value.problems[0].hint or "")

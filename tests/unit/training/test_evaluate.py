@@ -23,6 +23,7 @@ def test_the_mean_over_label_tokens_whatever_the_batches(
         injection__lora_dropout=0.5,
         evaluation__batch_size=batch_size,
         data__max_length=64,
+        data__max_cut_answers=1,
         data__packing=packing,
     )
     layout = run.eval_layout

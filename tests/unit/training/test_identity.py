@@ -88,7 +88,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "clipping": ({"training__max_grad_norm": 0.5}, "training.max_grad_norm"),
     "weight decay": ({"training__weight_decay": 0.5}, "training.weight_decay"),
     "phases": ({"training__phases": [{"step": 0, "trainable": ["lora"]}]}, "training.phases"),
-    "cut rows": ({"data__max_length": 32}, "data"),
+    "cut rows": ({"data__max_length": 32, "data__max_cut_answers": 1}, "data"),
     "held-out rows": ({"data__validation__size": 3}, "data.validation"),
     "packing": ({"data__packing": "off"}, "data.packing"),
     "token budget": ({"training__tokens_per_micro_batch": 128}, "training.tokens_per_micro_batch"),
