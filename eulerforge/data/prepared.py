@@ -203,9 +203,8 @@ class _Preparation:
                 lost += whole - len(ids)
                 longest = max(longest, whole)
                 origin = (file, row.line)
-                findings.ending(
-                    row, ids, labelled, origin, full=cut or (self._processed and whole == self.config.max_length)
-                )
+                if cut or (self._processed and whole == self.config.max_length):
+                    findings.ending(row, ids, labelled, origin)
                 if place in stray:
                     written.add(len(kept.ids))
                 kept.add(ids, labelled, origin)
