@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eulerforge.cli.collector import uncollected_imports
 from eulerforge.cli.numbers import at_least
 from eulerforge.cli.output import emit_json, say, tell, warn
 from eulerforge.cli.plugin_options import registry_from
@@ -112,10 +113,13 @@ def _print_config(args: argparse.Namespace, loaded: LoadedConfig) -> int:
 
 def _preflight(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -> int:
     _quiet_libraries()
-    from eulerforge.training.assemble import assemble
-    from eulerforge.training.debug import trainable_lines
-    from eulerforge.training.memory import out_of_memory_advice
-    from eulerforge.training.preflight import preflight, preflight_lines
+    with uncollected_imports():
+        import transformers.modeling_utils  # noqa: F401 - transformers imports most of itself late, outside of this
+
+        from eulerforge.training.assemble import assemble
+        from eulerforge.training.debug import trainable_lines
+        from eulerforge.training.memory import out_of_memory_advice
+        from eulerforge.training.preflight import preflight, preflight_lines
 
     with out_of_memory_advice(loaded.run):
         made = assemble(loaded.run, registry, out=Path(str(loaded.run.output_dir)), need_data=False, say=say)
@@ -136,8 +140,11 @@ def _train(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -
     if loaded.run.training.max_train_steps is None and loaded.run.training.num_epochs is None:
         warn("neither training.max_train_steps nor training.num_epochs is set: training for 1 epoch")
     _quiet_libraries()
-    from eulerforge.training.session import SessionOptions, run_training
-    from eulerforge.training.summary import summary_lines
+    with uncollected_imports():
+        import transformers.modeling_utils  # noqa: F401 - transformers imports most of itself late, outside of this
+
+        from eulerforge.training.session import SessionOptions, run_training
+        from eulerforge.training.summary import summary_lines
 
     options = SessionOptions(
         resume=args.resume,

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ _RENAME_EXCHANGE = 2  # of renameat2(2)
 _AT_FDCWD = -100
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _WRITE_BYTES = 64 << 20
+_CLOCK_TICK_NS = 2_000_000_000  # longer than the clock of any file system stands still
 _EXISTS = (errno.EEXIST, errno.ENOTEMPTY)  # what a rename onto a filled folder gives
 
 
@@ -33,6 +35,19 @@ def sha256_of(path: Path) -> str:
     """The content hash of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_state(path: Path) -> tuple[int, ...]:
+    """What changes when a file does: device, inode, size, and when content and entry were last changed, in ns.
+
+    A file that was changed just now has a state that equals no other one: the next change may bear the same time.
+
+    Raises:
+        OSError: it is not there.
+    """
+    found = path.stat()
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return state if time.time_ns() - found.st_ctime_ns > _CLOCK_TICK_NS else (*state, time.monotonic_ns())
 
 
 def fsync_path(path: Path) -> None:

@@ -5,7 +5,7 @@ transformers dequantizes the file; the fp32 result is kept, so that nothing is r
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import importlib.util
 import shutil
 import tempfile
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from eulerforge.config.atomic import commit_folder
+from eulerforge.config.atomic import commit_folder, file_state, sha256_of
 from eulerforge.config.cachedir import cache_root
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.soundness import check_folder
@@ -26,8 +26,7 @@ NEEDED = ("gguf", "accelerate")
 
 def converted_folder(path: Path, *, say: Callable[[str], None] | None = None) -> Path:
     """The cached folder of a GGUF file, made when it is not there yet (about 10 s for 135M parameters)."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _digest(path, file_state(path))
     folder = cache_root() / "models" / f"{path.stem}-{digest[:16]}-{FORMAT}"
     if folder.is_dir():
         try:
@@ -47,6 +46,12 @@ def converted_folder(path: Path, *, say: Callable[[str], None] | None = None) ->
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(path: Path, state: tuple[int, ...]) -> str:
+    """The file's content hash; a start asks several times, and ``state`` tells that the file is the same since."""
+    return sha256_of(path)
 
 
 def _convert(path: Path, out: Path) -> None:

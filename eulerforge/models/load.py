@@ -33,13 +33,15 @@ class LoadedModel:
     dtype: torch.dtype
 
 
-def load_tokenizer(run: RunConfig, *, say: Callable[[str], None] | None = None) -> Any:
-    """The model's tokenizer; no weights are read.
+def load_tokenizer(
+    run: RunConfig, *, source: BaseSource | None = None, say: Callable[[str], None] | None = None
+) -> Any:
+    """The model's tokenizer; no weights are read. ``source`` is the model's place where it is known already.
 
     Raises:
         ModelError: the folder has no tokenizer that transformers can load.
     """
-    source = resolve_source(run.model_name, revision=run.model.revision, say=say)
+    source = source or resolve_source(run.model_name, revision=run.model.revision, say=say)
     return _tokenizer(source.folder, run.model.trust_remote_code)
 
 
@@ -58,11 +60,16 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def load_model(
-    run: RunConfig, *, device: torch.device, tokenizer: Any = None, say: Callable[[str], None] | None = None
+    run: RunConfig,
+    *,
+    device: torch.device,
+    tokenizer: Any = None,
+    source: BaseSource | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load the base of a run onto ``device``; a quantized base passes through the CPU's memory in its compute dtype.
 
-    ``tokenizer`` is the model's own where it has been loaded already.
+    ``tokenizer`` is the model's own where it has been loaded already, ``source`` its place where it is known.
 
     Raises:
         ModelError: the model is not there, is damaged, or lacks weights; it cannot be quantized as asked for.
@@ -70,7 +77,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
-    source = resolve_source(run.model_name, revision=run.model.revision, say=say)
+    source = source or resolve_source(run.model_name, revision=run.model.revision, say=say)
     precision = run.model.load_precision
     dtype = base_dtype(precision, device)
     plan = None

@@ -32,7 +32,6 @@ def meta_model(run: RunConfig) -> Any:
     if isinstance(location, Path):
         check_folder(location, weights=False)
     trust = run.model.trust_remote_code
-    location = _config_location(run)
     try:
         config = AutoConfig.from_pretrained(location, revision=run.model.revision, trust_remote_code=trust)
         # the meta device draws no numbers, but a class with code of its own may

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eulerforge.config.atomic import file_state
 from eulerforge.errors import ModelError
 
 SINGLE = "model.safetensors"
@@ -28,6 +29,8 @@ JSON_FILES = (
 HINT = "get the base model again"
 MAX_HEADER = 100 << 20
 """Bytes; safetensors itself takes no longer one."""
+_SOUND: set[tuple[object, ...]] = set()
+"""Files that were found sound, with the state that they were found in: a start looks at one folder several times."""
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -38,16 +41,18 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     Raises:
         ModelError: it names the file and what is wrong with it.
     """
-    found = {name: _json_object(folder / name) for name in JSON_FILES if _lies_there(folder / name)}
+    found = {name: folder / name for name in JSON_FILES if _lies_there(folder / name)}
+    for path in found.values():
+        _once(path, _json_object)
     if "tokenizer.json" in found and "tokenizer_config.json" not in found:
         raise _wrong(
             folder / "tokenizer_config.json", "is not there: the tokens that begin and end a text would be unknown"
         )
     if _lies_there(folder / TEMPLATE):
-        _check_template(folder / TEMPLATE)
+        _once(folder / TEMPLATE, _check_template)
     if not weights:
         return
-    quantized = "quantization_config" in found.get("config.json", {})
+    quantized = "config.json" in found and "quantization_config" in _json_object(found["config.json"])
     single = folder / SINGLE
     if _lies_there(single):
         _check_header(single, quantized=quantized)
@@ -123,6 +128,17 @@ def _beyond(name: str, what: str, rows: int) -> ModelError:
 def _lies_there(path: Path) -> bool:
     """Whether anything has this name, be it a dead link."""
     return path.exists() or path.is_symlink()
+
+
+def _once(path: Path, check: Callable[[Path], object]) -> None:
+    """Make a check of a file's content unless this process made it before and the file is the same since."""
+    try:
+        known = (path, *file_state(path))
+    except OSError:
+        known = ()  # a dead link: the check says so
+    if known not in _SOUND:
+        check(path)
+        _SOUND.add(known)
 
 
 def _json_object(path: Path) -> dict[str, Any]:

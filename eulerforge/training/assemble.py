@@ -23,7 +23,7 @@ from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model, load_tokenizer, model_types
 from eulerforge.models.sizes import gib
 from eulerforge.models.soundness import refuse_ids_beyond
-from eulerforge.models.source import BaseSource
+from eulerforge.models.source import BaseSource, resolve_source
 from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.isolation import Isolation, isolate, prove
@@ -100,9 +100,17 @@ def refuse_many_processes() -> None:
 
 
 def assemble(
-    config: RunConfig, registry: Registry, *, out: Path, need_data: bool = True, say: Say = lambda text: None
+    config: RunConfig,
+    registry: Registry,
+    *,
+    out: Path,
+    need_data: bool = True,
+    found: Callable[[BaseSource], None] = lambda source: None,
+    say: Say = lambda text: None,
 ) -> Run:
     """Read the data, load the model, inject, resolve the phases: what is cheap to check comes first.
+
+    ``found`` is called once the base's folder is known, before anything of it is loaded.
 
     Raises:
         EulerForgeError: the first thing that is wrong, as the part that found it says it.
@@ -112,17 +120,19 @@ def assemble(
     prepare_torch(config, device)
     rehearsed = rehearse(config, registry)
     say(rehearsed if isinstance(rehearsed, str) else f"from config.json: {rehearsed.lines()[0]}")
+    source = resolve_source(config.model_name, revision=config.model.revision, say=say)
+    found(source)
     tokenizer: Any = None
     datasets: Datasets | None = None
     parity: Parity | None = None
     if need_data or config.data.path:
-        tokenizer = load_tokenizer(config, say=say)
+        tokenizer = load_tokenizer(config, source=source)
         datasets = build_dataset(config.data, tokenizer, seed=config.seed)
         for line in datasets.report.lines():
             say(line)
         parity = check_parity(datasets, config.data, tokenizer)
         say(parity.line())
-    loaded = load_model(config, device=device, tokenizer=tokenizer, say=say)
+    loaded = load_model(config, device=device, tokenizer=tokenizer, source=source, say=say)
     injected, groups, phases = inject_and_plan(config, registry, loaded.model)
     warnings = [*injected.warnings, *phases.warnings, *(parity.warnings if parity is not None else ())]
     rows = int(loaded.model.get_input_embeddings().weight.shape[0])

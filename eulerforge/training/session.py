@@ -15,6 +15,7 @@ from eulerforge.errors import CheckpointError, Stopped
 from eulerforge.models.samples import generate_answers
 from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say, assemble, refuse_many_processes
+from eulerforge.training.basehash import BaseHash
 from eulerforge.training.blame import plugin_blamed
 from eulerforge.training.checkpoint import (
     TrainState,
@@ -33,7 +34,7 @@ from eulerforge.training.metrics import MetricsLog
 from eulerforge.training.optimizer import make_optimizer
 from eulerforge.training.progress import Progress, make_progress
 from eulerforge.training.prompts import sample_prompts
-from eulerforge.training.receipt import base_weights, make_receipt, read_receipt
+from eulerforge.training.receipt import make_receipt, read_receipt
 from eulerforge.training.signals import StopRequest
 from eulerforge.training.summary import make_summary
 
@@ -72,15 +73,19 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
             return _finished_summary(out)
         outdir.sweep(out, say)
         with out_of_memory_advice(loaded.run):
-            run = assemble(loaded.run, registry, out=out, say=say)
-            return _Session(run, loaded, registry, options, say).train()
+            hashing = BaseHash()
+            run = assemble(loaded.run, registry, out=out, found=lambda source: hashing.begin(source.folder), say=say)
+            return _Session(run, loaded, registry, options, hashing, say).train()
 
 
 class _Session:
     """One run with its folder locked."""
 
-    def __init__(self, run: Run, loaded: Any, registry: Registry, options: SessionOptions, say: Say) -> None:
+    def __init__(
+        self, run: Run, loaded: Any, registry: Registry, options: SessionOptions, hashing: BaseHash, say: Say
+    ) -> None:
         self.run, self.loaded, self.registry, self.options, self.say = run, loaded, registry, options, say
+        self.hashing = hashing
         self.out, self.training = run.out, run.config.training
         self.state = TrainState()
         self.saved_at = -1
@@ -146,7 +151,7 @@ class _Session:
     def _open_folder(self) -> None:
         """Write the preset and the receipt, or check that they still hold and load the newest checkpoint."""
         self.say("hashing the base weights")
-        weights = base_weights(self.run.source.folder)
+        weights = self.hashing.result()
         resumes = self.options.resume and outdir.is_used(self.out)
         old = read_receipt(self.out) if resumes else {}
         self.state.run_id = str(old.get("run_id") or secrets.token_hex(8))

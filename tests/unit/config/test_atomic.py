@@ -15,6 +15,7 @@ from eulerforge.config.atomic import (
     STAGING_PREFIX,
     commit_folder,
     exchange,
+    file_state,
     put_back_replaced,
     remove_leftovers,
     sha256_of,
@@ -148,3 +149,16 @@ def test_the_next_writer_puts_a_hidden_folder_back_first(tmp_path: Path) -> None
     with pytest.raises(IsADirectoryError), staged_folder(tmp_path / "x", replace=True) as staging:
         staging.write_text("a folder takes no text")
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_the_state_of_a_file_changes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert file_state(path) != file_state(path), "what was changed just now may change again within one tick"
+    monkeypatch.setattr(atomic, "_CLOCK_TICK_NS", -(10**18))
+    before = file_state(path)
+    assert file_state(path) == before
+    os.utime(path, ns=(1, 1))
+    assert file_state(path) != before
+    with pytest.raises(FileNotFoundError):
+        file_state(tmp_path / "absent")
