@@ -24,14 +24,14 @@ class BaseHash:
         self._thread = threading.Thread(target=self._hash, args=(folder,), name="base-hash", daemon=True)
         self._thread.start()
 
-    def result(self) -> dict[str, Any]:
-        """What :func:`base_weights` gives.
+    def result(self, folder: Path) -> dict[str, Any]:
+        """What :func:`base_weights` gives for the folder; computed now where nobody began it.
 
         Raises:
             OSError, ValueError: what it raises.
         """
         if self._thread is None:
-            raise RuntimeError("the hashing was never begun")
+            return base_weights(folder)
         self._thread.join()
         if self._error is not None:
             raise self._error

@@ -151,7 +151,7 @@ class _Session:
     def _open_folder(self) -> None:
         """Write the preset and the receipt, or check that they still hold and load the newest checkpoint."""
         self.say("hashing the base weights")
-        weights = self.hashing.result()
+        weights = self.hashing.result(self.run.source.folder)
         resumes = self.options.resume and outdir.is_used(self.out)
         old = read_receipt(self.out) if resumes else {}
         self.state.run_id = str(old.get("run_id") or secrets.token_hex(8))
