@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help quickstart test soak bench lint types docs clean
+.PHONY: help quickstart test soak bench lint types docs audit clean
 
 help:
 	@echo "make quickstart   install, fine-tune a real small model, show what it learned"
 	@echo "make test         install and run the tests"
 	@echo "make bench        compare speed and memory with PEFT and TRL"
+	@echo "make audit        hold the installed runtime packages against dependencies.toml"
 	@echo "make lint | types | docs | clean"
 
 $(VENV)/.run: pyproject.toml constraints.txt requirements.txt plugins/*/pyproject.toml
@@ -52,6 +53,10 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# no network: pip-audit is asked only where somebody has installed it
+audit: $(VENV)/.dev
+	$(BIN)/python .ci/audit_dependencies.py $(ARGS)
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html

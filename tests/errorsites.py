@@ -8,6 +8,7 @@ keys in a committed file outlives the edits around it.
 from __future__ import annotations
 
 import ast
+import builtins
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +22,8 @@ KIT = ROOT / "eulerforge" / "testing"
 """The kit for plugin authors: its failures are failed tests, never lines of a command."""
 CARRIERS = frozenset({"_Bad", "_WrongType", "PluginFailure", "Incompatible"})
 """What carries message and hint to a place that makes a Problem of them."""
+BUILTIN = {name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+BUILTIN |= {"ArgumentTypeError"}
 WORDS = 48
 
 
@@ -44,6 +47,11 @@ class Site:
     @property
     def key(self) -> str:
         return f"{self.file}::{self.function}::{self.kind}::{self.words}"
+
+    @property
+    def builtin(self) -> bool:
+        """Python's own errors, and argparse's: nothing of ours makes them."""
+        return self.kind in BUILTIN
 
     def __str__(self) -> str:
         return f"{self.file}:{self.start} {self.kind} {self.words}"
