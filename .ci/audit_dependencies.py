@@ -89,9 +89,9 @@ def licence_names(text: str) -> frozenset[str]:
     text = " ".join(text.split())
     if text.lower() in SPELLINGS:
         return frozenset({SPELLINGS[text.lower()]})
-    parts = re.split(
-        r"\s+(?:AND|OR)\s+|\s*;\s*", re.sub(r"[()]", " ", text) if " AND " in text or " OR " in text else text
-    )
+    if re.search(" (AND|OR) ", text):
+        text = re.sub(r"[()]", " ", text)
+    parts = re.split(r"\s+(?:AND|OR)\s+|\s*;\s*", text)
     return frozenset(SPELLINGS.get(part.strip().lower(), part.strip()) for part in parts if part.strip())
 
 
@@ -212,7 +212,7 @@ def known_faults(names: set[str], command: Sequence[str], seconds: float) -> tup
         last = (done.stderr.strip().splitlines() or ["no output"])[-1][:200]
         return [], f"pip-audit could not reach its data ({last}): only the inventory was checked"
     faults = [
-        f"{one['name']} {one['version']}: {fault['id']}, mended in {', '.join(fault['fix_versions']) or 'no version yet'}"
+        f"{one['name']} {one['version']}: {fault['id']}, mended in {', '.join(fault['fix_versions']) or 'none yet'}"
         for one in listed
         if canonicalize_name(one["name"]) in names
         for fault in one.get("vulns", [])

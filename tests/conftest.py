@@ -9,9 +9,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# after the path: the hooks that watch the whole suite for error sites which no test reaches
-from sitewatch import pytest_collection_finish, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
-
 # distributions of their own, whose tests need them installed: tests/integration/test_plugins_new.py runs them
 collect_ignore_glob = ["thirdparty/*"]
 

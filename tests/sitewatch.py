@@ -29,10 +29,9 @@ DEPTH = 8
 
 @attrs.define
 class Watch:
-    """``lines`` are files and lines that were making an error; ``unhelpful`` are problems without hint or of two lines."""
+    """``lines`` are the files and lines that were making an error."""
 
     lines: set[tuple[str, int]] = attrs.field(factory=set)
-    unhelpful: dict[tuple[str, int], str] = attrs.field(factory=dict)
 
     def install(self) -> None:
         """Wrap the constructors, for the rest of the process."""
@@ -44,11 +43,11 @@ class Watch:
     def _noting(self, original: Callable[..., None]) -> Callable[..., None]:
         def init(made: Any, *args: Any, **kwargs: Any) -> None:
             original(made, *args, **kwargs)
-            self.note(made)
+            self.note()
 
         return init
 
-    def note(self, made: Any) -> None:
+    def note(self) -> None:
         frame, own, depth = sys._getframe(2), str(ROOT), 0
         while frame is not None and depth < DEPTH:
             path = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""The dependency audit on made-up environments: what it refuses, what it only notes, and what it does without a network."""
+"""The dependency audit on made-up environments: what it refuses, what it notes, what it does without a network."""
 
 from __future__ import annotations
 
