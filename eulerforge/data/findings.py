@@ -71,14 +71,16 @@ class RowFindings:
         found = np.flatnonzero(tokens == self._bos)
         rows = np.searchsorted(ends, found, side="right")
         starts = np.concatenate([np.zeros(1, np.int64), ends])[rows]
-        noted = set(written)
+        closed = np.cumsum(tokens == self._eos) if self._eos is not None else np.zeros(len(tokens), np.int64)
+        noted, last = set(written), -1
         for position, start, row in zip(found.tolist(), starts.tolist(), rows.tolist(), strict=True):
+            begun, last = max(last, start), position
             if position == start or row in noted:
                 continue
-            before = int(tokens[position - 1])
-            double = before == self._bos and position == start + 1
-            # behind an EOS it begins a sequence of its own, as in Llama 2's template
-            if double or self._eos not in (before, self._bos):
+            double = tokens[position - 1] == self._bos and position == start + 1
+            # behind an EOS it begins a sequence or a turn of its own: Llama 2's template, and SmolLM2's, whose BOS and
+            # EOS are ChatML's <|im_start|> and <|im_end|>
+            if double or (self._eos != self._bos and closed[position] == closed[begun]):
                 noted.add(row)
                 self._note(DOUBLE_BOS if double else INNER_BOS, chunk.origins[row])
 

@@ -10,6 +10,7 @@ What is found is named after its usual cause: a double BOS, pad = eos, a missing
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -127,9 +128,12 @@ def _refuse_bos_of_the_template(config: DataConfig, tokenizer: Any) -> None:
     if bos is None or bos == tokenizer.eos_token_id:
         wrong = bos is not None and first[:2] == [bos, bos]
     else:
-        # behind an EOS it begins a sequence of its own, as in Llama 2's template
-        inner = [index for index, token in enumerate(more) if token == bos and index]
-        wrong = first.count(bos) > 1 or any(more[index - 1] != tokenizer.eos_token_id for index in inner)
+        # behind an EOS it begins a sequence or a turn of its own, as in Llama 2's and SmolLM2's templates
+        wrong = any(
+            tokenizer.eos_token_id not in ids[begun:index]
+            for ids in (first, more)
+            for begun, index in pairwise([0, *(place for place, token in enumerate(ids) if token == bos and place)])
+        )
     if wrong:
         where = "twice in front" if first[:2] == [bos, bos] else "before more turns than the first"
         raise DataError(

@@ -48,8 +48,10 @@ def test_sound_rows_train(train: Train) -> None:
     [
         ("{{ bos_token }}{{ bos_token }}" + TURNS + ASKS, "double BOS: the chat template puts <s> twice in front"),
         (
-            "{% for m in messages %}{{ bos_token }}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-            "{% endfor %}{% if add_generation_prompt %}{{ bos_token }}<|im_start|>assistant\n{% endif %}",
+            # no EOS closes the question: SmolLM2's BOS before every turn, behind the last one's EOS, is sound
+            "{% for m in messages %}{{ bos_token }}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+            "{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}\n{% endfor %}"
+            "{% if add_generation_prompt %}{{ bos_token }}<|im_start|>assistant\n{% endif %}",
             "double BOS: the chat template puts <s> before more turns than the first",
         ),
         (TURNS, "missing generation marker"),

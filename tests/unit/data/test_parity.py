@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,11 @@ def test_a_template_whose_answers_have_no_header_needs_no_marker(gate: Gate, wit
     assert gate(with_template(BRACKETS)).stopped == 8
 
 
-TURN_BOS = "{% for m in messages %}{{ bos_token }}{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+# no EOS behind a question, so the BOS before the answer begins nothing of its own
+TURN_BOS = (
+    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+)
 ASSISTANT_BOS = "{% if add_generation_prompt %}{{ bos_token }}assistant\n{% endif %}"
 # Llama 2's: each exchange is a sequence of its own
 EXCHANGES = (
@@ -69,6 +74,14 @@ def test_a_template_that_puts_more_than_one_bos(gate: Gate, with_template: Any, 
 def test_a_bos_that_begins_a_sequence_of_its_own_is_the_templates_right(gate: Gate, with_template: Any) -> None:
     turns = [{"role": role, "content": f"turn {turn}"} for turn in range(3) for role in ("user", "assistant")]
     assert gate(with_template(EXCHANGES), [{"messages": turns}]).stopped == 1
+
+
+def test_a_bos_that_is_the_mark_of_every_turn_is_the_templates_right(gate: Gate, chatml: Any) -> None:
+    """SmolLM2: BOS and EOS are ChatML's own marks, and a newline stands between one turn's end and the next's begin."""
+    chatml = copy.deepcopy(chatml)
+    chatml.bos_token, chatml.eos_token = "<|im_start|>", "<|im_end|>"
+    chat = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    assert gate(chatml, [{"messages": chat}], max_stray_specials=0.0).stopped == 1
 
 
 def test_rows_of_ids_with_a_double_or_inner_bos(gate: Gate, plain_bos: Any) -> None:

@@ -73,6 +73,22 @@ def test_value_and_every_gradient_equal_the_reference(
             torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_the_room_for_logits_serves_evaluation_and_training_of_any_size() -> None:
+    head, hidden, labels = case()
+    head.requires_grad_(False)
+    loss_room._ROOMS.clear()
+    with torch.inference_mode():
+        summed_cross_entropy(head, hidden.detach()[:3], labels[:3])
+    for rows in (N, 5, N):
+        hidden.grad = None
+        got = summed_cross_entropy(head, hidden[:rows], labels[:rows])
+        got.backward()
+        given = hidden.detach().requires_grad_()
+        reference(head, given[:rows], labels[:rows], None).backward()
+        torch.testing.assert_close(hidden.grad, given.grad, rtol=1e-5, atol=1e-6)
+    assert loss_room._ROOMS[torch.float32].numel() == N * V
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck_in_float64(softcap: float | None) -> None:
