@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from eulerforge import __version__
-from eulerforge.errors import EulerForgeError, Problem, UsageError, first_line
+from eulerforge.errors import EulerForgeError, PluginError, Problem, UsageError, first_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train_command", "fine-tune a model from a preset"),
@@ -109,7 +109,13 @@ def _dispatch(arguments: list[str]) -> int:
             hint=f"did you mean eulerforge {near[0]}?" if near else "eulerforge --help lists the commands",
         )
     args = command_parser(first.command).parse_args(first.arguments)
-    code: int = command_module(first.command).run(args)
+    try:
+        code: int = command_module(first.command).run(args)
+    except SystemExit as error:  # nothing of ours leaves so: a plugin's exit(0) would pass for a run that is done
+        raise PluginError(
+            f"something called sys.exit({error.code!r}) in the midst of {first.command}",
+            hint="a plugin or a model's own code did it: --no-plugin switches one off, --debug shows the traceback",
+        ) from error
     return code
 
 

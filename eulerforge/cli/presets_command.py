@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from eulerforge.cli.output import emit_json, print_table, tell
+import attrs
+
+from eulerforge.cli.output import emit_json, print_table, tell, warn
 from eulerforge.cli.plugin_options import add_plugin_options, registry_from
 
 
@@ -23,7 +25,11 @@ def run(args: argparse.Namespace) -> int:
 
     registry = registry_from(args)
     if args.presets_command == "list":
-        rows = [(preset.name, preset.path.name, preset.origin) for preset in list_presets(registry.presets())]
+        found = list_presets(registry.presets())
+        for preset in found:
+            if preset.problem is not None:
+                warn(attrs.evolve(preset.problem, key=f"preset {preset.name} of {preset.origin}"))
+        rows = [(preset.name, preset.path.name, preset.origin) for preset in found if preset.problem is None]
         if args.json:
             emit_json({"presets": [dict(zip(("name", "file", "origin"), row, strict=True)) for row in rows]})
         else:

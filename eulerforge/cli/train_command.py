@@ -6,6 +6,7 @@ What needs no model (``--validate-only``, ``--print-config``) is done before tor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -121,7 +122,7 @@ def _preflight(args: argparse.Namespace, loaded: LoadedConfig, registry: Registr
         from eulerforge.training.memory import out_of_memory_advice
         from eulerforge.training.preflight import preflight, preflight_lines
 
-    with out_of_memory_advice(loaded.run):
+    with out_of_memory_advice(loaded.run), contextlib.redirect_stdout(sys.stderr):  # whatever a plugin's layers print
         made = assemble(loaded.run, registry, out=Path(str(loaded.run.output_dir)), need_data=False, say=say)
         result = preflight(made)
     names = trainable_lines(made.model, made.phases) if args.debug_trainable_names else []
@@ -155,7 +156,8 @@ def _train(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -
         resume_command=_resume_command(),
     )
     with unbreakable_output():
-        summary = run_training(loaded, registry, Path(str(loaded.run.output_dir)), options, say)
+        with contextlib.redirect_stdout(sys.stderr):  # whatever a plugin's layers print
+            summary = run_training(loaded, registry, Path(str(loaded.run.output_dir)), options, say)
         if args.json:
             emit_json(summary)
         else:

@@ -122,7 +122,7 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             _rename_new(staging, final)
         fsync_path(final.parent)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging, ignore_errors=True)
 
 
 def commit_folder(staging: Path, final: Path) -> None:
@@ -135,12 +135,20 @@ def commit_folder(staging: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
+def remove_tree(path: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a folder and all in it; of a link only the link, never what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+
+
 def remove_leftovers(folder: Path) -> list[str]:
     """Delete what an interrupted write left in ``folder``; give back the names. Only for the folder's sole writer."""
     names = []
     for path in sorted(folder.glob(f"{STAGING_PREFIX}*")):
         names.append(path.name)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_tree(path) if path.is_dir() else path.unlink()
     return names
 
 
@@ -177,7 +185,7 @@ def _replace(staging: Path, final: Path) -> None:
     final.rename(hidden)
     staging.rename(final)
     fsync_path(final.parent)
-    shutil.rmtree(hidden, ignore_errors=True)
+    remove_tree(hidden, ignore_errors=True)
 
 
 def _put_back(final: Path) -> bool:
@@ -186,7 +194,7 @@ def _put_back(final: Path) -> bool:
     if not hidden.is_dir():
         return False
     if final.exists():
-        shutil.rmtree(hidden)
+        remove_tree(hidden)
         return False
     hidden.rename(final)
     return True

@@ -23,7 +23,8 @@ def resolve_location(text: str) -> Path:
     """The file or folder that ``text`` names.
 
     A ``pkg://`` location must exist; a plain path is only expanded (``~``), because the caller knows what it expects
-    there. Raises UsageError for a malformed location, an absent package, or a file that the package does not have.
+    there. Raises UsageError for a malformed location, an absent package, a file that the package does not have, or one
+    that is a link out of it.
     """
     if not is_package_location(text):
         return Path(text).expanduser()
@@ -35,10 +36,21 @@ def resolve_location(text: str) -> Path:
         raise UsageError(
             f"{text!r} points outside of the package", hint="write the path inside the package, without .."
         )
-    path = _package_folder(package, text).joinpath(*parts)
+    folder = _package_folder(package, text)
+    path = folder.joinpath(*parts)
     if not path.exists():
         raise UsageError(f"the package {package} has no file {inner}", hint=_nearest(path))
+    if not _lies_inside(path.resolve(), folder):
+        raise UsageError(
+            f"{text!r} is a link that leads out of the package {package}",
+            hint="the package's author puts the file itself there",
+        )
     return path
+
+
+def _lies_inside(real: Path, folder: Path) -> bool:
+    """Whether a file without links lies in the package, or where its code lies: installers may link file by file."""
+    return any(real.is_relative_to(home) for home in (folder.resolve(), (folder / "__init__.py").resolve().parent))
 
 
 def _package_folder(package: str, text: str) -> Path:

@@ -184,7 +184,13 @@ def read_base_files(folder: Path) -> BaseFiles:
 
 
 def other_files(folder: Path) -> Iterable[Path]:
-    """Relative paths of all that belongs into a copy beside the weights: configuration, tokenizer, code, licence."""
+    """Relative paths of all that belongs into a copy beside the weights: configuration, tokenizer, code, licence.
+
+    Raises:
+        ModelError: one of them is a link to a file elsewhere, which would be published with the copy.
+    """
+    # in the hub's cache every file is a link to the blobs beside the snapshots
+    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -195,6 +201,11 @@ def other_files(folder: Path) -> Iterable[Path]:
             and not index
             and relative.suffix.lower() not in PICKLE_SUFFIXES + OTHER_FORMATS
         ):
+            if not any(path.resolve().is_relative_to(home) for home in homes):
+                raise ModelError(
+                    f"{path} is a link that leads out of the base's folder: a copy of it would be published",
+                    hint="put the file itself there, if you know what it is, or delete the link",
+                )
             yield relative
 
 

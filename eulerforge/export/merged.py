@@ -118,6 +118,7 @@ def write_merged(
         raise UsageError(f"{dtype!r} is no dtype for an export", hint=f"use one of {', '.join(DTYPES)}")
     check_destination(out, run, overwrite=overwrite)
     base = read_base_files(run.source.folder)
+    others = tuple(other_files(base.folder))
     _refuse_quantized(base.folder)
     changed = changes_of(run)
     changes = {piece.name: (change, piece) for change in changed for piece in base.pieces_of(change.live, change.shape)}
@@ -132,7 +133,7 @@ def write_merged(
         size = sum(_write_shard(base, file, changes, target, staging, check) for file in base.files)
         if base.index is not None:
             _write_index(base.index, size, staging)
-        _copy_others(base.folder, staging, target)
+        _copy_others(base.folder, others, staging, target)
         if verify:
             model = verify_loads(staging, trust_remote_code=run.run.model.trust_remote_code)
             audit = attrs.evolve(audit, logits=compare_logits(run.model, model, *probe_rows(run)))
@@ -277,8 +278,8 @@ def _write_index(index: Mapping[str, Any], size: int, staging: Path) -> None:
     (staging / INDEX).write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_others(folder: Path, staging: Path, target: torch.dtype | None) -> None:
-    for relative in other_files(folder):
+def _copy_others(folder: Path, others: tuple[Path, ...], staging: Path, target: torch.dtype | None) -> None:
+    for relative in others:
         if relative.name == RECEIPT:
             continue
         (staging / relative).parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ A gap is an error; ``injection.allow_partial = true`` makes it a warning that th
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +81,13 @@ def apply_injection(run: RunConfig, registry: Registry, model: nn.Module) -> Inj
         seed=run.seed, linear_ops=linear_ops_from(registry), partial_ok=chosen.partial_ok or run.injection.allow_partial
     )
     try:
-        # looked at before the injection: an adapter need not know what a wrapper is
-        before = _Before.of(model, adapter)
-        report = strategy.inject(model, adapter, run.injection, context)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is data
+            # looked at before the injection: an adapter need not know what a wrapper is
+            before = _Before.of(model, adapter)
+            report = strategy.inject(model, adapter, run.injection, context)
     except EulerForgeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"strategy {strategy_spec.name} on backbone {chosen.spec.name} raised {type(error).__name__}: {error}",
             hint="--debug shows the traceback; report it to the plugin's author",

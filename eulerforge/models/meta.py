@@ -14,7 +14,7 @@ import torch
 from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.soundness import check_folder
-from eulerforge.models.source import NO_CONFIG_HINT, resolve_source
+from eulerforge.models.source import no_config, resolve_source
 
 
 def meta_model(run: RunConfig) -> Any:
@@ -58,7 +58,7 @@ def _config_location(run: RunConfig) -> str | Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{name}: the folder has no config.json", key="model_name", hint=NO_CONFIG_HINT)
+            raise no_config(name, path)
         return path
     local = path.is_absolute() or name.startswith((".", "~", "pkg://")) or name.endswith(".gguf")
     if not local and name.count("/") == 1:

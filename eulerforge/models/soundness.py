@@ -22,6 +22,7 @@ from eulerforge.errors import ModelError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
+ADAPTER = "adapter_config.json"
 JSON_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json",
@@ -41,6 +42,13 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     Raises:
         ModelError: it names the file and what is wrong with it.
     """
+    if _lies_there(folder / ADAPTER):
+        raise ModelError(
+            f"{folder} holds a PEFT adapter ({ADAPTER}), which transformers would put into the base where peft is"
+            " installed, and leave out elsewhere",
+            key="model_name",
+            hint="give the base itself, or a folder into which the adapter was merged",
+        )
     found = {name: folder / name for name in JSON_FILES if _lies_there(folder / name)}
     for path in found.values():
         _once(path, _json_object)

@@ -12,7 +12,6 @@ from eulerforge.config.location import resolve_location
 from eulerforge.errors import ModelError, first_line
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
-NO_CONFIG_HINT = "give the folder of a Hugging Face model: config.json, tokenizer files and safetensors"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -56,7 +55,7 @@ def resolve_source(
 
 def _checked(folder: Path, model_name: str) -> Path:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{model_name}: the folder has no config.json", key="model_name", hint=NO_CONFIG_HINT)
+        raise no_config(model_name, folder)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
         raise ModelError(
@@ -67,6 +66,14 @@ def _checked(folder: Path, model_name: str) -> Path:
             else "a base model needs safetensors weights",
         )
     return folder
+
+
+def no_config(model_name: str, folder: Path) -> ModelError:
+    """The error for a folder that holds no model."""
+    hint = "give the folder of a Hugging Face model: config.json, tokenizer files and safetensors"
+    if (folder / "adapter_config.json").exists():
+        hint = "it holds a PEFT adapter: give the base that it belongs to"
+    return ModelError(f"{model_name}: the folder has no config.json", key="model_name", hint=hint)
 
 
 def _from_hub(model_name: str, revision: str | None) -> Path:

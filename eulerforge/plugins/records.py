@@ -43,7 +43,8 @@ class PluginRecord:
     """One entry point of one distribution and what became of it.
 
     ``status`` is ok, disabled, broken, incompatible or conflict; ``reason`` says why it is not ok and ``hint`` how to
-    mend it. ``module`` is the entry module, ``traceback`` the text of the exception that broke the plugin.
+    mend it. ``module`` is the entry module, ``traceback`` the text of the exception that broke the plugin, ``seconds``
+    what loading it took.
     """
 
     name: str
@@ -55,6 +56,7 @@ class PluginRecord:
     hint: str = ""
     offers: tuple[Offer, ...] = ()
     traceback: str = attrs.field(default="", repr=False)
+    seconds: float = attrs.field(default=0.0, eq=False)
 
     @property
     def qualified_name(self) -> str:
@@ -65,6 +67,13 @@ class PluginRecord:
         return Problem(
             message=f"plugin {self.qualified_name} is {self.status}: {self.reason}",
             hint=self.hint or f"eulerforge plugins show {self.name}",
+        )
+
+    def slow(self) -> Problem:
+        """The time that loading took, as a warning to show."""
+        return Problem(
+            message=f"plugin {self.qualified_name} took {self.seconds:.1f} s to load",
+            hint=f"--no-plugin {self.qualified_name} switches it off; eulerforge plugins check {self.name} looks why",
         )
 
     def to_json(self) -> dict[str, Any]:

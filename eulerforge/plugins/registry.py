@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from eulerforge.api import LinearOps, PhaseGroupResolver
 
 KEYS = {"backbone": "backbone", "strategy": "injection.strategy"}
+SLOW_SECONDS = 5.0
+"""A plugin that takes longer to load is named: its entry module is to import in milliseconds."""
 LIST_HINT = "eulerforge plugins list shows what is installed"
 
 
@@ -54,7 +57,8 @@ def load_registry(
     block = Block.of(disable, environ)
     manager = new_manager()
     records = tuple(_record(candidate, block, manager) for candidate in found)
-    registry = Registry(records, manager, block.unmatched(found))
+    slow = [record.slow() for record in records if record.seconds > SLOW_SECONDS]
+    registry = Registry(records, manager, [*block.unmatched(found), *slow])
     if strict:
         registry.require_healthy()
     return registry
@@ -63,7 +67,9 @@ def load_registry(
 def _record(candidate: Candidate, block: Block, manager: pluggy.PluginManager) -> PluginRecord:
     reason = block.reason(candidate)
     if reason is None:
-        return load(candidate, manager)
+        began = time.perf_counter()
+        record = load(candidate, manager)
+        return attrs.evolve(record, seconds=time.perf_counter() - began)
     return attrs.evolve(blank_record(candidate), status=DISABLED, reason=reason)
 
 

@@ -27,6 +27,7 @@ from eulerforge.models.source import BaseSource, resolve_source
 from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.isolation import Isolation, isolate, prove
+from eulerforge.training.memory import refuse_beyond_memory
 from eulerforge.training.phases import PhasePlan, enter_phase
 from eulerforge.training.prefix import FrozenPrefix, first_trained_layer
 from eulerforge.training.recompute import Kept, every_of, measured_every, recompute_layers
@@ -119,7 +120,11 @@ def assemble(
     device = pick_device(config.device)
     prepare_torch(config, device)
     rehearsed = rehearse(config, registry)
-    say(rehearsed if isinstance(rehearsed, str) else f"from config.json: {rehearsed.lines()[0]}")
+    if isinstance(rehearsed, str):
+        say(rehearsed)
+    else:
+        say(f"from config.json: {rehearsed.lines()[0]}")
+        refuse_beyond_memory(rehearsed.parameter_count, device)
     source = resolve_source(config.model_name, revision=config.model.revision, say=say)
     found(source)
     tokenizer: Any = None

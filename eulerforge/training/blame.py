@@ -36,7 +36,7 @@ def plugin_blamed(registry: Registry, step: Callable[[], int]) -> Iterator[None]
         yield
     except EulerForgeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):

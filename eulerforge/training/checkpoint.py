@@ -24,6 +24,7 @@ from eulerforge.api import InjectionReport
 from eulerforge.config.atomic import (
     STAGING_PREFIX,
     fsync_path,
+    remove_tree,
     sha256_of,
     staged_folder,
     write_file,
@@ -303,10 +304,10 @@ def delete_folder(folder: Path) -> None:
     """Hide first, then delete: a half-deleted checkpoint is never seen under its name."""
     hidden = folder.with_name(f"{STAGING_PREFIX}deleted-{folder.name}")
     if hidden.exists():
-        shutil.rmtree(hidden)
+        remove_tree(hidden)
     folder.rename(hidden)
     fsync_path(folder.parent)
-    shutil.rmtree(hidden)
+    remove_tree(hidden)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

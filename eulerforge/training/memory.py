@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from eulerforge.errors import RunError
+from eulerforge.errors import RunError, UsageError
+from eulerforge.models.sizes import gib
 
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig
@@ -71,6 +73,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(mark in str(error) for mark in _CPU_MARKS)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What the device has in all, used or free."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def refuse_beyond_memory(parameters: int, device: torch.device) -> None:
+    """Refuse adapters that no device of this size can hold, before one of them is made.
+
+    Raises:
+        UsageError: ``parameters`` numbers in fp32 take more than there is; a system that lends memory which it has not
+            would end the process without a word.
+    """
+    needed, there = parameters * 4, memory_bytes(device)
+    if needed > there:
+        raise UsageError(
+            f"the adapters' {parameters:,} parameters take {gib(needed)}, and {device} has {gib(there)}",
+            key="injection",
+            hint="a smaller rank: --set injection.lora_r=16",
+        )
 
 
 def fixed_bytes(model: nn.Module, trained: set[str]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -75,13 +76,20 @@ def locked(out: Path) -> Iterator[None]:
     """Hold the folder, made when it is not there, until the block ends; the system lets go of it if we die.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, or the lock file is a link, whose target would be emptied.
         RunError: it cannot be made or written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK_FILE).open("a+", encoding="utf-8")
+        descriptor = os.open(out / LOCK_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = os.fdopen(descriptor, "a+", encoding="utf-8")
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UsageError(
+                f"{out / LOCK_FILE} is a link; a run writes to files of its own folder only",
+                key="output_dir",
+                hint="look where the folder comes from, then delete the link",
+            ) from error
         raise RunError(
             f"{out} cannot be written: {error.strerror}", hint="take another folder: --output-dir"
         ) from error
