@@ -2,11 +2,12 @@
 
 The exit codes are part of the command line's contract:
 0 done, 1 the run failed, 2 usage, preset or data is wrong, 3 a plugin is missing, broken, incompatible or in conflict,
-4 no suitable device, 129 / 130 / 143 stopped by SIGHUP / SIGINT / SIGTERM with a checkpoint saved.
+4 no suitable device, 129 / 130 / 143 stopped by SIGHUP / SIGINT / SIGTERM.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 import attrs
@@ -101,11 +102,26 @@ class DeviceError(EulerForgeError):
 
 
 class Stopped(EulerForgeError):
-    """Stopped by a signal after a checkpoint was saved (exit 128 + signal number)."""
+    """Stopped by a signal (exit 128 + signal number); the message says what is saved."""
 
     def __init__(self, message: str, *, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signal_number
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came where nothing waits for one; no ``except Exception`` on the way may keep it."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.number = number
+
+
+def as_stopped(interrupt: KeyboardInterrupt, what: str, hint: str) -> Stopped:
+    """The error for an interrupt; ``what`` follows the signal's name and says what is saved."""
+    number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+    name = signal.Signals(number).name
+    return Stopped(f"stopped by {name} {what}".rstrip(), signal_number=number, hint=hint)
 
 
 def first_line(error: BaseException, otherwise: str | None = None) -> str:

@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="answer length (default: the preset's)")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: the preset's)")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_plugin_options(parser)
 
 

@@ -41,7 +41,6 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="write what the audit of the adapters or logits forbids")
     parser.add_argument("--layers", action="store_true", help="print the size of every layer's update")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_plugin_options(parser)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from eulerforge import __version__
-from eulerforge.errors import EulerForgeError, PluginError, Problem, UsageError, first_line
+from eulerforge.cli.stops import stops_raise
+from eulerforge.errors import EulerForgeError, PluginError, Problem, UsageError, as_stopped, first_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train_command", "fine-tune a model from a preset"),
@@ -67,19 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
-        code = _dispatch(arguments)
-        sys.stdout.flush()  # here, where a reader that went away is no error, and not at the interpreter's end
+        with stops_raise():
+            code = _dispatch(arguments)
+            sys.stdout.flush()  # here, where a reader that went away is no error, and not at the interpreter's end
         return code
     except EulerForgeError as error:
         if debug:
             _traceback()
         _print_problems(error.problems, as_json)
         return error.exit_code
-    except KeyboardInterrupt:
-        trains = arguments[:1] == ["train"]
-        hint = "a run goes on from its newest checkpoint: the same command with --resume" if trains else AGAIN
-        _print_problems([Problem(message="interrupted", hint=hint)], as_json)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        stopped = as_stopped(interrupt, "", AGAIN)
+        _print_problems(stopped.problems, as_json)
+        return stopped.exit_code
     except BrokenPipeError:
         # the reader of our output went away, as `| head` does; keep the interpreter's last flush quiet
         from eulerforge.cli.streams import lead_nowhere
@@ -89,10 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the last line of defence: one line, never a bare traceback
         if debug:
             _traceback()
-        first = first_line(error, "no message")
-        hint = "--debug shows the traceback; this is a fault of EulerForge or of a plugin, please report it"
-        _print_problems([Problem(message=f"{type(error).__name__}: {first}", hint=hint)], as_json)
+        from eulerforge.cli.machine import machine_problem
+
+        _print_problems([machine_problem(error) or _fault(error)], as_json)
         return 1
+
+
+def _fault(error: Exception) -> Problem:
+    hint = "--debug shows the traceback; this is a fault of EulerForge or of a plugin, please report it"
+    return Problem(message=f"{type(error).__name__}: {first_line(error, 'no message')}", hint=hint)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The options by which every command blocks plugins, and the registry that they give."""
+"""The options that every command has: which plugins to leave out, and tracebacks; and the registry that they give."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from eulerforge.plugins import Registry
 
 
-def add_plugin_options(parser: argparse.ArgumentParser) -> None:
+DEBUG_HELP = "show the traceback of an error"
+
+
+def add_plugin_options(parser: argparse.ArgumentParser, *, debug_help: str = DEBUG_HELP) -> None:
     parser.add_argument(
         "--no-plugin", action="append", default=[], metavar="NAME", help="leave a plugin out, before it is imported"
     )
     parser.add_argument("--strict-plugins", action="store_true", help="stop when any plugin is broken or in conflict")
+    parser.add_argument("--debug", action="store_true", help=debug_help)
 
 
 def registry_from(args: argparse.Namespace) -> Registry:

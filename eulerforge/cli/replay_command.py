@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the checkpoint to start from, 0 for the beginning (default: the newest with N recorded steps after it)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_plugin_options(parser)
 
 

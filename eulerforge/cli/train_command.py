@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eulerforge.cli.collector import uncollected_imports
 from eulerforge.cli.numbers import at_least
@@ -19,7 +19,7 @@ from eulerforge.cli.output import emit_json, say, tell, warn
 from eulerforge.cli.plugin_options import registry_from
 from eulerforge.cli.streams import unbreakable_output
 from eulerforge.cli.train_config import add_config_options, load_from_args, validate
-from eulerforge.errors import ConfigError, UsageError
+from eulerforge.errors import ConfigError, UsageError, as_stopped
 
 if TYPE_CHECKING:
     from eulerforge.config import LoadedConfig
@@ -31,7 +31,7 @@ MODES = ("validate_only", "preflight", "print_config")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``train``."""
     parser.description = "Fine-tune a model as a preset describes it."
-    add_config_options(parser)
+    add_config_options(parser, debug_help="show tracebacks, and gradient norms of each group")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint of the run")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that a run has used")
     parser.add_argument(
@@ -50,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-config", action="store_true", help="print the whole configuration with where each value came from"
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks, and gradient norms of each group")
     parser.add_argument("--debug-trainable-names", action="store_true", help="list every tensor that trains")
     parser.add_argument(
         "--debug-every", type=at_least(1), metavar="N", help="show each group's norms every N steps (default 10)"
@@ -140,12 +139,26 @@ def _train(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -
         )
     if loaded.run.training.max_train_steps is None and loaded.run.training.num_epochs is None:
         warn("neither training.max_train_steps nor training.num_epochs is set: training for 1 epoch")
+    with unbreakable_output():
+        try:
+            summary = _trained(args, loaded, registry)
+        except KeyboardInterrupt as error:  # one that comes later is the session's own to word
+            raise as_stopped(error, "while loading: nothing was written", "the same command starts anew") from None
+        from eulerforge.training.summary import summary_lines
+
+        if args.json:
+            emit_json(summary)
+        else:
+            tell("\n".join(summary_lines(summary)))
+    return 0
+
+
+def _trained(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -> dict[str, Any]:
     _quiet_libraries()
     with uncollected_imports():
         import transformers.modeling_utils  # noqa: F401 - transformers imports most of itself late, outside of this
 
         from eulerforge.training.session import SessionOptions, run_training
-        from eulerforge.training.summary import summary_lines
 
     options = SessionOptions(
         resume=args.resume,
@@ -155,14 +168,8 @@ def _train(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -
         debug_names=args.debug_trainable_names,
         resume_command=_resume_command(),
     )
-    with unbreakable_output():
-        with contextlib.redirect_stdout(sys.stderr):  # whatever a plugin's layers print
-            summary = run_training(loaded, registry, Path(str(loaded.run.output_dir)), options, say)
-        if args.json:
-            emit_json(summary)
-        else:
-            tell("\n".join(summary_lines(summary)))
-    return 0
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a plugin's layers print
+        return run_training(loaded, registry, Path(str(loaded.run.output_dir)), options, say)
 
 
 def _resume_command() -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from eulerforge.cli.output import say, warn
-from eulerforge.cli.plugin_options import add_plugin_options
+from eulerforge.cli.plugin_options import DEBUG_HELP, add_plugin_options
 from eulerforge.config import LoadedConfig, load_run_config
 from eulerforge.config.location import resolve_location
 from eulerforge.config.phase_checks import phase_problems
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from eulerforge.plugins import Registry
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """``--preset``, ``--set``, ``--output-dir`` and the options that block plugins."""
+def add_config_options(parser: argparse.ArgumentParser, *, debug_help: str = DEBUG_HELP) -> None:
+    """``--preset``, ``--set``, ``--output-dir`` and the options that every command has."""
     parser.add_argument("--preset", metavar="P", help="a TOML or YAML file, or the name of a bundled preset")
     parser.add_argument(
         "--set",
@@ -31,7 +31,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         help="change one key, such as training.lr=2e-5; may be given often",
     )
     parser.add_argument("--output-dir", metavar="DIR", help="folder of the run")
-    add_plugin_options(parser)
+    add_plugin_options(parser, debug_help=debug_help)
 
 
 def load_from_args(args: argparse.Namespace, registry: Registry) -> LoadedConfig:

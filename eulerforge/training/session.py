@@ -11,7 +11,7 @@ import attrs
 
 from eulerforge.config.atomic import write_json_atomic, write_text_atomic
 from eulerforge.data.batches import BatchPlan
-from eulerforge.errors import CheckpointError, Stopped
+from eulerforge.errors import CheckpointError, Stopped, as_stopped
 from eulerforge.models.samples import generate_answers
 from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say, assemble, refuse_many_processes
@@ -96,12 +96,40 @@ class _Session:
 
     def train(self) -> dict[str, Any]:
         self._announce()
-        self._open_folder()
+        self.say("hashing the base weights")
+        weights = self.hashing.result(self.run.source.folder)
+        try:
+            return self._train(weights)
+        except KeyboardInterrupt as error:
+            hint = f"it goes on from the newest checkpoint: {self.options.resume_command}"
+            raise as_stopped(error, f"at once, after step {self.state.step} of {self.total_steps}", hint) from None
+
+    def _train(self, weights: dict[str, Any]) -> dict[str, Any]:
+        with self.stop:
+            self._open_folder(weights)
+            after = self._trained()
+        self.run.isolation.remove()
+        summary = make_summary(self.run, self.state, after)
+        write_json_atomic(self.out / outdir.SUMMARY_FILE, summary)
+        include_base = self.run.config.checkpoint.include_base
+        # final is last: a folder that has it is a finished run
+        save_final(
+            self.out,
+            self.state,
+            self.run.model,
+            self.run.report,
+            self.run.phases.trained_names,
+            include_base=include_base,
+        )
+        return summary
+
+    def _trained(self) -> dict[str, Any]:
+        """Train to the last step, with a checkpoint there; give back how the tuned model does."""
         progress = make_progress(self.total_steps, self.training.log_steps)
         # measured again: at the end always, elsewhere when a stop gave it up
         again = self.state.step == self.total_steps or self.state.held_out.get("step") != self.state.step
         blamed = plugin_blamed(self.registry, lambda: self.state.step)
-        with MetricsLog(self.out, step=self.state.step, measured_again=again) as log, progress, self.stop, blamed:
+        with MetricsLog(self.out, step=self.state.step, measured_again=again) as log, progress, blamed:
             if not (self.state.before and self.state.step):
                 self.state.before = self._measured(log, progress)
             train_loop(
@@ -122,20 +150,7 @@ class _Session:
             after = self._measured(log, progress)
             log.sync()
             self._stop_if_wanted()
-        self.run.isolation.remove()
-        summary = make_summary(self.run, self.state, after)
-        write_json_atomic(self.out / outdir.SUMMARY_FILE, summary)
-        include_base = self.run.config.checkpoint.include_base
-        # final is last: a folder that has it is a finished run
-        save_final(
-            self.out,
-            self.state,
-            self.run.model,
-            self.run.report,
-            self.run.phases.trained_names,
-            include_base=include_base,
-        )
-        return summary
+        return after
 
     def _announce(self) -> None:
         for line in self.run.report.lines():
@@ -148,10 +163,8 @@ class _Session:
         if self.run.config.evaluation.samples and (rows is None or not len(rows)):
             self.say("warning: evaluation.samples needs held-out rows, and data.validation holds none out")
 
-    def _open_folder(self) -> None:
+    def _open_folder(self, weights: dict[str, Any]) -> None:
         """Write the preset and the receipt, or check that they still hold and load the newest checkpoint."""
-        self.say("hashing the base weights")
-        weights = self.hashing.result(self.run.source.folder)
         resumes = self.options.resume and outdir.is_used(self.out)
         old = read_receipt(self.out) if resumes else {}
         self.state.run_id = str(old.get("run_id") or secrets.token_hex(8))

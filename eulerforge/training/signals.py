@@ -27,7 +27,12 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread only; elsewhere (a notebook's worker) the defaults stay
         if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._handle) for number in _CAUGHT}
+            self._old = {number: signal.getsignal(number) for number in _CAUGHT}
+            for number, handler in self._old.items():
+                if handler != signal.SIG_IGN:  # nohup and the like: whoever started us wants the run to outlive it
+                    signal.signal(number, self._handle)
+                # a stop that came before, and that some library's code has swallowed
+                self.number = self.number or getattr(handler, "number", None)
         return self
 
     def __exit__(

@@ -5,6 +5,7 @@ The walk has two halves: each class of error with its code, and real calls of ea
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import json
@@ -19,7 +20,7 @@ import eulerforge
 from eulerforge import errors
 from eulerforge.cli import main as shell
 from eulerforge.cli.main import main
-from eulerforge.errors import EulerForgeError, Stopped
+from eulerforge.errors import EulerForgeError, Interrupted, Stopped
 
 CODES = {
     "EulerForgeError": 1,
@@ -179,28 +180,114 @@ class Odd(Exception):
     """What nobody foresaw."""
 
 
-UNFORESEEN: list[tuple[BaseException, int, str]] = [
-    (Odd("first\nsecond"), 1, "error: Odd: first"),
-    (Odd(""), 1, "error: Odd: no message"),
-    (KeyboardInterrupt(), 130, "error: interrupted"),
-    (MemoryError(), 1, "error: MemoryError: no message"),
-    (OSError(28, "No space left on device"), 1, "error: OSError: [Errno 28] No space left on device"),
-    (RecursionError("maximum recursion depth exceeded"), 1, "error: RecursionError: maximum recursion depth exceeded"),
-]
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Let ``eulerforge env`` end in this error."""
 
-
-@pytest.mark.parametrize(("error", "code", "line"), UNFORESEEN, ids=[line for *_, line in UNFORESEEN])
-def test_what_nobody_foresaw_is_one_line_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
-) -> None:
     def fails(args: Any) -> int:
         raise error
 
     monkeypatch.setattr(shell.command_module("env"), "run", fails)
+
+
+@pytest.mark.parametrize("kind", sorted(every_error_class(), key=lambda kind: kind.__name__))
+def test_every_class_is_a_line_a_hint_and_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[EulerForgeError]
+) -> None:
+    number = {"signal_number": 15} if kind is Stopped else {}
+    error = kind("the row\nis \x1b[31mwrong", hint="mend it", **number)
+    failing(monkeypatch, error)
+    assert main(["env"]) == error.exit_code == {**CODES, "Stopped": STOPS[15]}[kind.__name__]
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    first, second = shown.err.splitlines()
+    assert first.startswith("error: the row")
+    assert first.endswith("wrong")
+    assert "\x1b" not in first
+    assert second == "hint: mend it"
+    assert main(["env", "--debug"]) == error.exit_code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    lines = shown.err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-2:] == [first, second]
+
+
+FAULT = "please report it"
+PLACE = "--debug shows the place"
+UNFORESEEN: list[tuple[BaseException, str, str]] = [
+    (Odd("first\nsecond"), "Odd: first", FAULT),
+    (Odd(""), "Odd: no message", FAULT),
+    (OSError("a library's own words"), "OSError: a library's own words", FAULT),
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", "free some space"),
+    (OSError(errno.ENOSPC, "", "runs/a"), "runs/a: No space left on device", "free some space"),
+    (OSError(errno.EDQUOT, "", "runs/a"), "runs/a: Disk quota exceeded", "quota"),
+    (PermissionError(errno.EACCES, "", "rows.jsonl"), "rows.jsonl: Permission denied", "ls -ld"),
+    (FileNotFoundError(errno.ENOENT, "", b"a/b"), "a/b: No such file or directory", "make it"),
+    (OSError(errno.EXDEV, "", "a", None, "b"), "a and b: Invalid cross-device link", PLACE),
+    (OSError(errno.EROFS, "", "runs"), "runs: Read-only file system", "another folder"),
+    (NotADirectoryError(errno.ENOTDIR, "", "a/b"), "a/b: Not a directory", "a part of the path is a file"),
+    (IsADirectoryError(errno.EISDIR, "", "a"), "a: Is a directory", "a file is wanted"),
+    (OSError(errno.EMFILE, "", "a"), "a: Too many open files", "ulimit -n"),
+    (OSError(errno.EIO, "", "a"), "a: Input/output error", "dmesg"),
+    (OSError(99999, "odd", "a"), "a: odd", PLACE),
+    (MemoryError(), "the machine has no memory left", "smaller"),
+    (RecursionError("maximum recursion depth exceeded"), "something is nested deeper than Python can follow", PLACE),
+    (UnicodeDecodeError("utf-8", b"a\xe9", 1, 2, "bad"), "a text is not utf-8: byte e9 at offset 1", "UTF-8"),
+    (UnicodeEncodeError("ascii", "a\u00e9", 1, 2, "bad"), "the output holds '\\xe9', which ascii", "PYTHONIOENCODING"),
+    (ImportError("libcudart.so.12: not found"), "a package cannot be imported: libcudart.so.12: not found", "env"),
+]
+
+
+@pytest.mark.parametrize(("error", "line", "hint"), UNFORESEEN, ids=[line for _, line, _ in UNFORESEEN])
+def test_what_nobody_foresaw_is_one_line_and_its_hint_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, line: str, hint: str
+) -> None:
+    failing(monkeypatch, error)
+    assert main(["env"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    first, second = shown.err.splitlines()
+    assert first.startswith(f"error: {line}")
+    assert second.startswith("hint: ")
+    assert hint in second
+    assert (hint == FAULT) == (FAULT in second), "what the machine did is no fault of ours"
+    assert main(["env", "--debug"]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_a_reader_that_went_away_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    failing(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    with (tmp_path / "out").open("w") as out, monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", out)
+        assert main(["env"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "name", "code"),
+    [(KeyboardInterrupt(), "SIGINT", 130), (Interrupted(15), "SIGTERM", 143), (Interrupted(1), "SIGHUP", 129)],
+)
+def test_an_interrupt_has_its_signals_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    interrupt: KeyboardInterrupt,
+    name: str,
+    code: int,
+) -> None:
+    failing(monkeypatch, interrupt)
     assert main(["env"]) == code
-    shown = capsys.readouterr().err.splitlines()
-    assert shown[0] == line
-    assert len(shown) <= 2
+    assert capsys.readouterr().err == f"error: stopped by {name}\nhint: {shell.AGAIN}\n"
+
+
+def test_every_command_takes_debug() -> None:
+    """The hint names it, so it must be there."""
+    for words in ("env", "presets list", "presets show x", "plugins list", "plugins show x", "plugins check x"):
+        command, *rest = words.split()
+        assert shell.command_parser(command).parse_args([*rest, "--debug"]).debug
+    for command, rest in (("train", []), ("merge", ["r"]), ("data", ["preview"]), ("bench", ["r"])):
+        assert shell.command_parser(command).parse_args([*rest, "--debug"]).debug
 
 
 @pytest.mark.parametrize("name", [name for name, known in vars(errors).items() if inspect.isclass(known)])
