@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # distributions of their own, whose tests need them installed: tests/integration/test_plugins_new.py runs them
 collect_ignore_glob = ["thirdparty/*"]
+
+
+# a script that starts the tests in the background lets them ignore SIGINT; the tests of stops need it as a shell has it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
