@@ -143,7 +143,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(
     with monkeypatch.context() as patched:
         patched.setattr(loop, "label_token_loss", twice)
         assert main(words(straight, out)) == 130
-    assert "error: stopped by SIGINT at once, after step 2 of 6" in capsys.readouterr().err
+    assert "error: stopped by SIGINT at once, after step 3 of 6" in capsys.readouterr().err
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert main([*words(straight, out), "--resume"]) == 0
     assert_equal(straight, out)
