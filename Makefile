@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 help:
 	@echo "make quickstart   install, fine-tune a real small model, show what it learned"
 	@echo "make test         install and run the tests"
+	@echo "make soak         kill a run in three ways at every operation on its folder"
 	@echo "make bench        compare speed and memory with PEFT and TRL"
 	@echo "make audit        hold the installed runtime packages against dependencies.toml"
 	@echo "make lint | types | docs | clean"

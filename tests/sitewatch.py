@@ -18,6 +18,7 @@ from unreachedsites import UNREACHED
 
 CLASSES = (
     "eulerforge.errors:Problem",  # every EulerForgeError makes one
+    "eulerforge.errors:Interrupted",
     "eulerforge.plugins.isolation:PluginFailure",
     "eulerforge.data.rows:_Bad",
     "eulerforge.data.render:_NotAPrefixError",
@@ -51,7 +52,7 @@ class Watch:
         frame, own, depth = sys._getframe(2), str(ROOT), 0
         while frame is not None and depth < DEPTH:
             path = frame.f_code.co_filename
-            if path.startswith(own) and not path.endswith(("<attrs generated init>", "eulerforge/errors.py")):
+            if path.startswith(own) and not path.endswith("<attrs generated init>"):
                 self.lines.add((path, frame.f_lineno))
             frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
 
@@ -74,7 +75,7 @@ def is_whole(config: pytest.Config) -> bool:
 
 
 WATCH = pytest.StashKey[Watch]()
-MISSED = pytest.StashKey[list[str]]()
+MISSED = pytest.StashKey[list[Site]]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -86,9 +87,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     watch = session.config.stash.get(WATCH, None)
-    if watch is None or exitstatus != pytest.ExitCode.OK:
+    if watch is None or exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return
-    missed = [site.key for site in expected() if site.key not in UNREACHED and not watch.reached(site)]
+    missed = [site for site in expected() if site.key not in UNREACHED and not watch.reached(site)]
     session.config.stash[MISSED] = missed
     if missed:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -103,7 +104,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"{len(reached)} of {len(expected())} error sites were reached by some test")
     for key in sorted({site.key for site in reached} & UNREACHED.keys()):
         terminalreporter.write_line(f"take it out of tests/unreachedsites.py, it is reached: {key}")
-    for key in missed:
+    for site in missed:
         terminalreporter.write_line(
-            f"no test reaches {key}: test it, or give a reason in tests/unreachedsites.py", red=True
+            f"{site.file}:{site.start}: no test reaches it: test it, or give a reason in tests/unreachedsites.py"
+            f" for {site.key}",
+            red=True,
         )

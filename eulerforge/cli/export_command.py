@@ -89,7 +89,7 @@ def write(args: argparse.Namespace, *, format: str, output: Path | None, keys: s
         )
     for problem in written.audit.problems:
         warn(attrs.evolve(problem, message=f"written because of --force: {problem.message}", hint=None))
-    for problem in written.audit.warnings:
+    for problem in (*written.audit.warnings, *written.warnings):
         warn(problem)
     if args.json:
         emit_json(written.to_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,18 @@ class Parser(argparse.ArgumentParser):
     """argparse, with usage errors in our own form."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"{self.prog} --help")
+        raise UsageError(message, hint=self._way_out(message))
+
+    def _way_out(self, message: str) -> str:
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        word = words.partition(" ")[0].partition("=")[0]
+        if unknown and self.prog == "eulerforge":
+            return f"options come after the command: eulerforge COMMAND {word}"
+        if unknown and not word.startswith("-") and self.prog == "eulerforge train":
+            return f"did you mean --preset {word}?"
+        options = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(word, options, n=1, cutoff=0.75) if unknown else ()
+        return f"did you mean {near[0]}?" if near else f"{self.prog} --help"
 
 
 def main_parser() -> argparse.ArgumentParser:
@@ -107,8 +119,6 @@ def _dispatch(arguments: list[str]) -> int:
         main_parser().print_help()
         return UsageError.exit_code
     if first.command not in COMMANDS:
-        import difflib
-
         near = difflib.get_close_matches(first.command, COMMANDS, n=1)
         raise UsageError(
             f"there is no command {first.command!r}",

@@ -95,5 +95,9 @@ def _missing_files(loaded: LoadedConfig) -> Iterator[Problem]:
             except UsageError as error:
                 yield attrs.evolve(error.problems[0], key=key)
                 continue
-            if not path.is_file():
+            if path.is_dir():
+                yield Problem(
+                    key=key, message=f"{text} is a folder", hint=f"name the files in it: --set '{key}=[\"a.jsonl\"]'"
+                )
+            elif not path.is_file():
                 yield Problem(key=key, message=f"there is no file {text}", hint="give a JSON Lines file")

@@ -73,6 +73,9 @@ def load_run_config(
         return document.source(key)
 
     run, more = _structure(tree, strategy_configs, source)
+    if run is not None and run.output_dir is not None and not run.output_dir.strip():
+        empty = "the name of a folder is wanted, not an empty text"  # it would mean the folder that we are in
+        more.append(Problem(message=empty, key="output_dir", hint="leave it out for runs/<preset name>"))
     problems += [attrs.evolve(problem, source=source(problem.key or "")) for problem in more]
     if run is None or problems:
         raise ConfigError.of(problems)

@@ -9,6 +9,20 @@ from eulerforge.config.suggest import nearest
 from eulerforge.errors import Problem
 
 
+def warmup_problems(training: TrainingConfig, steps: int) -> list[Problem]:
+    """The warning about a warm-up that leaves nothing of a run of ``steps`` steps."""
+    if not training.warmup_steps or training.warmup_steps < steps:
+        return []
+    message = f"the warm-up of {training.warmup_steps} steps fills the run, which ends at {steps}"
+    return [
+        Problem(
+            key="training.warmup_steps",
+            message=f"{message}: training.lr is reached at its last step or never",
+            hint="a tenth of the steps is usual",
+        )
+    ]
+
+
 def phase_problems(
     training: TrainingConfig, *, strategy: str, own: Collection[str], offered: Collection[str]
 ) -> tuple[list[Problem], list[Problem]]:
@@ -21,15 +35,8 @@ def phase_problems(
     """
     errors: list[Problem] = []
     warnings: list[Problem] = []
-    if training.max_train_steps is not None and training.warmup_steps >= training.max_train_steps:
-        warnings.append(
-            Problem(
-                key="training.warmup_steps",
-                message=f"the warm-up of {training.warmup_steps} steps fills the run, which ends at"
-                f" {training.max_train_steps}: training.lr is reached at its last step or never",
-                hint="a tenth of the steps is usual",
-            )
-        )
+    if training.max_train_steps is not None:
+        warnings += warmup_problems(training, training.max_train_steps)
     last = -1
     for index, phase in enumerate(training.phases):
         key = f"training.phases.{index}"

@@ -78,12 +78,12 @@ def find_preset(text: str, extra: Iterable[PresetSpec] = ()) -> ResolvedPreset:
             return _usable(preset)
         if is_path and preset.origin == CORE and preset.path.name == path.name:
             return attrs.evolve(preset, note=f"{text} does not exist; using the bundled preset {preset.path.name}")
-    near = nearest(path.stem if is_path else text, [preset.name for preset in presets])
-    raise UsageError(
-        f"there is no preset {text!r}",
-        key="--preset",
-        hint=f"did you mean {near}?" if near else "eulerforge presets list shows the bundled ones",
-    )
+    names = [preset.name for preset in presets]
+    near = nearest(path.stem if is_path else text, names)
+    hint = f"did you mean {near}?" if near else "eulerforge presets list shows the bundled ones"
+    if not near and not is_path and (alike := [name for name in names if text.lower() in name]):
+        hint = f"give the whole name: {', '.join(alike[:6])}{' ...' if len(alike) > 6 else ''}"
+    raise UsageError(f"there is no preset {text!r}", key="--preset", hint=hint)
 
 
 def _usable(preset: ResolvedPreset) -> ResolvedPreset:

@@ -5,7 +5,6 @@ The help texts are the reference documentation: the preset reference and ``plugi
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -179,9 +178,6 @@ class TrainingConfig:
                 message=f"{self.gradient_checkpointing!r} is not allowed",
                 hint="off, all, auto, or every_N such as every_2",
             )
-        for name in ("lr", "weight_decay", "eps", "max_grad_norm"):
-            if not math.isfinite(getattr(self, name)):
-                yield Problem(key=name, message="the number must be finite", hint="inf and nan are no settings")
 
 
 @attrs.frozen(kw_only=True)

@@ -35,7 +35,8 @@ def read_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(error.problem or "malformed YAML", source=where, hint=MEND) from None
+        hint = "indent with spaces: YAML takes no tabs" if "'\\t'" in (error.problem or "") else MEND
+        raise ConfigError(error.problem or "malformed YAML", source=where, hint=hint) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"malformed YAML: {str(error).splitlines()[0]}", source=str(path), hint=MEND) from None
     if node is None:

@@ -280,7 +280,7 @@ class _Preparation:
         names = ", ".join(report.files)
         if not report.rows_read:
             return DataError(f"{names}: there are no rows", key="data.path", hint="name a file with at least one row")
-        why = "; ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+        why = "; ".join(f"{reason} ({count:,} rows)" for reason, count in report.dropped.items())
         return DataError(
             f"{names}: none of {report.rows_read:,} rows is left to use: {why}",
             key="data.max_length",

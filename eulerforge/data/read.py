@@ -17,6 +17,8 @@ from eulerforge.data.files import DataFile
 from eulerforge.errors import DataError, EulerForgeError, Problem
 
 SHOWN_PROBLEMS = 20
+MEND = "mend that row, or delete it"
+"""The hint where nothing nearer is known."""
 _BOM = b"\xef\xbb\xbf"
 _SHAPE_HINT = 'each line must be one JSON object, such as {"prompt": "...", "response": "..."}'
 
@@ -40,7 +42,7 @@ class BadRows:
     def add(self, source: str, message: str, *, key: str | None = None, hint: str | None = None) -> None:
         self.total += 1
         if len(self.problems) < SHOWN_PROBLEMS:
-            self.problems.append(Problem(message=message, source=source, key=key, hint=hint))
+            self.problems.append(Problem(message=message, source=source, key=key, hint=hint or MEND))
 
     def raise_if_any(self) -> None:
         """Raise :meth:`error` when there is anything to say."""

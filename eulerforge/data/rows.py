@@ -190,7 +190,9 @@ class RowParser:
             content = self._string(turn, content_key, prefix=f"{place}.", may_be_empty=role != "assistant")
             messages.append(Message(role, content))
         if all(message.role != "assistant" for message in messages):
-            raise _Bad("there is no assistant turn, so nothing to learn", column)
+            raise _Bad(
+                "there is no assistant turn, so nothing to learn", column, "delete the row, or give it an answer"
+            )
         return tuple(messages)
 
     def _no_kind(self, data: Mapping[str, Any]) -> _Bad:

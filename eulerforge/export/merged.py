@@ -22,7 +22,7 @@ import torch
 
 import eulerforge
 from eulerforge.config.atomic import staged_folder
-from eulerforge.errors import ModelError, RunError, UsageError, first_line
+from eulerforge.errors import ModelError, Problem, RunError, UsageError, first_line
 from eulerforge.export.audit import ExportAudit
 from eulerforge.export.basefiles import INDEX, BaseFiles, Piece, other_files, read_base_files
 from eulerforge.export.measure import audit_changes, compare_logits
@@ -33,6 +33,7 @@ from eulerforge.lora.adapted import AdaptedLinear, AdaptedModule
 from eulerforge.lora.wrap import adapted_modules
 from eulerforge.models.device import DTYPE_NAMES, DTYPES
 from eulerforge.models.quantized import QUANTIZED_MODES
+from eulerforge.training.receipt import GENERATION_CONFIG, read_receipt
 
 RECEIPT = "eulerforge_export.json"
 OTHER_BASE = "merge with the base that the run was trained on"
@@ -79,6 +80,7 @@ class Written:
     files: tuple[str, ...]
     size: int
     audit: ExportAudit
+    warnings: tuple[Problem, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in ("format", "dtype", "files", "size")}
@@ -87,6 +89,7 @@ class Written:
             **fields,
             "tensors": len(self.tensors),
             "audit": self.audit.to_json(),
+            "warnings": [problem.to_json() for problem in self.warnings],
         }
 
 
@@ -138,7 +141,9 @@ def write_merged(
             model = verify_loads(staging, trust_remote_code=run.run.model.trust_remote_code)
             audit = attrs.evolve(audit, logits=compare_logits(run.model, model, *probe_rows(run)))
             audit.refuse(force=force)
-        receipt = {**_receipt(run, dtype, sorted(changes)), "audit": audit.to_json()}
+        warnings = _lost(run, staging)
+        notes = [problem.to_json() for problem in warnings]
+        receipt = {**_receipt(run, dtype, sorted(changes)), "audit": audit.to_json(), "warnings": notes}
         (staging / RECEIPT).write_text(json.dumps(receipt, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         files = tuple(sorted(path.name for path in staging.iterdir()))
     return Written(
@@ -149,6 +154,7 @@ def write_merged(
         files=files,
         size=size,
         audit=audit,
+        warnings=warnings,
     )
 
 
@@ -286,6 +292,21 @@ def _copy_others(folder: Path, others: tuple[Path, ...], staging: Path, target: 
         shutil.copyfile(folder / relative, staging / relative)
     if target is not None:
         _set_config_dtype(staging / "config.json", str(target).removeprefix("torch."))
+
+
+def _lost(run: TrainedRun, staging: Path) -> tuple[Problem, ...]:
+    """What the base had when the run was trained, and the export does not have."""
+    base = read_receipt(run.folder).get("base")
+    had = isinstance(base, dict) and base.get("generation_config")
+    if not had or (staging / GENERATION_CONFIG).is_file():
+        return ()
+    return (
+        Problem(
+            message=f"the base had a {GENERATION_CONFIG} when the run was trained, and has none now: the stop tokens"
+            " and sampling settings that it named are not in the export",
+            hint=f"put the base's {GENERATION_CONFIG} into the folder",
+        ),
+    )
 
 
 def _set_config_dtype(path: Path, dtype: str) -> None:

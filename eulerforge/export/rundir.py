@@ -204,7 +204,7 @@ def _choose(folder: Path, checkpoint: int | None, say: Callable[[str], None] | N
             raise CheckpointError(
                 f"{folder} has no checkpoint-{checkpoint}",
                 key="--checkpoint",
-                hint=f"there are {', '.join(there)}" if there else "the run saved no checkpoint",
+                hint=f"it has {', '.join(there)}" if there else "the run saved no checkpoint",
             )
         return chosen, ()
     if (folder / FINAL).is_dir():

@@ -5,6 +5,7 @@ transformers fills a tensor that the files do not hold with random numbers and l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from eulerforge.models.device import base_dtype
 from eulerforge.models.quantized import QUANTIZED_MODES, import_bitsandbytes, plan_from_config, replace_layers
 from eulerforge.models.soundness import check_folder, refuse_not_finite
 from eulerforge.models.source import BaseSource, resolve_source
+
+ATTENTION = "model.attn_implementation"
 
 
 @attrs.frozen(kw_only=True)
@@ -105,11 +108,11 @@ def load_model(
             output_loading_info=True,
         )
     except Exception as error:
-        raise ModelError(
-            f"{source.name} cannot be loaded: {first_line(error)}",
-            key="model_name",
-            hint="--debug shows the whole error; a model with code of its own needs model.trust_remote_code = true",
-        ) from error
+        key = "model_name"
+        hint = "--debug shows the whole error; a model with code of its own needs model.trust_remote_code = true"
+        if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):
+            key, hint = ATTENTION, f"--set {ATTENTION}=auto takes what fits the machine; --debug shows the whole error"
+        raise ModelError(f"{source.name} cannot be loaded: {first_line(error)}", key=key, hint=hint) from error
     finally:
         hf_logging.set_verbosity(loud)
     _refuse_incomplete(source, info)

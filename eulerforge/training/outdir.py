@@ -71,6 +71,18 @@ def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def refuse_base(out: Path, base: Path) -> None:
+    """Refuse the base model's folder, and one inside of it: what the run writes would become a part of the base.
+
+    Raises:
+        UsageError: ``out`` is there.
+    """
+    if out.resolve().is_relative_to(base.resolve()):
+        raise UsageError(
+            f"{out} is in the base model's own folder", key="output_dir", hint="take another folder: --output-dir"
+        )
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the folder, made when it is not there, until the block ends; the system lets go of it if we die.

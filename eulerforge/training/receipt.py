@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from eulerforge.training.assemble import Run
 
 FILE_NAME = "receipt.json"
+GENERATION_CONFIG = "generation_config.json"
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "pluggy", "attrs", "cattrs", "numpy", "bitsandbytes")
 
 
@@ -79,6 +80,7 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: 
             "name": run.source.name,
             "kind": run.source.kind,
             **weights,
+            "generation_config": (run.source.folder / GENERATION_CONFIG).is_file(),
             "code_of_its_own": run.config.model.trust_remote_code,
         },
         "data": {

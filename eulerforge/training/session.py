@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from eulerforge.config.atomic import write_json_atomic, write_text_atomic
+from eulerforge.config.phase_checks import warmup_problems
 from eulerforge.data.batches import BatchPlan
 from eulerforge.errors import CheckpointError, Stopped, as_stopped
 from eulerforge.models.samples import generate_answers
@@ -39,6 +40,7 @@ from eulerforge.training.signals import StopRequest
 from eulerforge.training.summary import make_summary
 
 if TYPE_CHECKING:
+    from eulerforge.models.source import BaseSource
     from eulerforge.plugins import Registry
 
 
@@ -74,7 +76,12 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
         outdir.sweep(out, say)
         with out_of_memory_advice(loaded.run):
             hashing = BaseHash()
-            run = assemble(loaded.run, registry, out=out, found=lambda source: hashing.begin(source.folder), say=say)
+
+            def found(source: BaseSource) -> None:
+                outdir.refuse_base(out, source.folder)
+                hashing.begin(source.folder)
+
+            run = assemble(loaded.run, registry, out=out, found=found, say=say)
             return _Session(run, loaded, registry, options, hashing, say).train()
 
 
@@ -157,6 +164,10 @@ class _Session:
             self.say(line)
         for warning in self.run.warnings:
             self.say(f"warning: {warning}")
+        if self.training.max_train_steps is None:  # else it was said when the preset was read
+            for problem in warmup_problems(self.training, self.total_steps):
+                for line in problem.lines("warning"):
+                    self.say(line)
         if self.options.debug_names:
             self.say("\n".join(trainable_lines(self.run.model, self.run.phases)))
         rows = self.run.datasets.validation

@@ -64,7 +64,7 @@ def test_bad_rows_are_named(command: list[str], tmp_path: Path, capsys: pytest.C
     (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "response": "two"}\n\n{"prompt": 1, "response": "x"}\n')
     assert main(command) == 2
     error = f"error: {tmp_path}/rows.jsonl:3: prompt: must be a string, not a number"
-    assert capsys.readouterr().err.splitlines() == [error]
+    assert capsys.readouterr().err.splitlines() == [error, "hint: mend that row, or delete it"]
     assert main([*command, "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["problems"][0]["source"] == f"{tmp_path}/rows.jsonl:3"
 

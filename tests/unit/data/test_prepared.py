@@ -64,7 +64,7 @@ def test_on_long_drop(write_rows: Write, plain: Any, data_config: Any) -> None:
 
 def test_no_row_left_is_an_error(write_rows: Write, plain: Any, data_config: Any) -> None:
     path = write_rows([{"prompt": "2222222222", "response": "2"}] * 3)
-    with pytest.raises(DataError, match=f"none of 3 rows is left to use: 3 {NO_LABELS}") as caught:
+    with pytest.raises(DataError, match=rf"none of 3 rows is left to use: {NO_LABELS} \(3 rows\)") as caught:
         build_dataset(data_config(path=(path,), max_length=4), plain)
     assert caught.value.problems[0].key == "data.max_length"
     with pytest.raises(DataError, match="there are no rows"):

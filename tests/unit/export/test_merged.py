@@ -6,15 +6,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import attrs
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from eulerforge.errors import ModelError, RunError, UsageError
 from eulerforge.export import merged as module_under_test
-from eulerforge.export.merged import RECEIPT, write_merged
+from eulerforge.export.merged import RECEIPT, Change, write_merged
 from eulerforge.export.rundir import TrainedRun
 from eulerforge.lora.wrap import adapted_modules
 
@@ -227,3 +228,38 @@ def test_a_base_with_pickle_weights_only_is_refused(make_run: MakeRun, tmp_path:
     with pytest.raises(ModelError) as caught:
         write_merged(run, tmp_path / "out")
     assert "pickle" in str(caught.value.problems[0].hint)
+
+
+def test_a_dtype_that_is_none(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'int3' is no dtype for an export"):
+        write_merged(make_run(), tmp_path / "out", dtype="int3")
+
+
+def with_tensor(run: TrainedRun, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change one tensor of the base's file."""
+    path = run.source.folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors[name])}, path, metadata={"format": "pt"})
+
+
+def test_a_tensor_that_does_not_fit_the_wanted_dtype_is_named(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    with_tensor(run, "model.norm.weight", lambda tensor: tensor.fill_(1e30))
+    with pytest.raises(RunError, match=r"model\.norm\.weight is not finite as fp16 after the merge") as caught:
+        write_merged(run, tmp_path / "out", dtype="fp16")
+    assert "--dtype fp32 or bf16" in str(caught.value.problems[0].hint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_of_a_type_that_a_merge_cannot_write_is_named(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    with_tensor(run, "model.norm.weight", lambda tensor: tensor.to(torch.float8_e4m3fn))
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is stored as F8_E4M3, which a merge cannot write"):
+        write_merged(run, tmp_path / "out", dtype="bf16")
+
+
+def test_an_adapter_of_another_base_is_named() -> None:
+    piece = SimpleNamespace(expert=None, index=lambda start, end: ())
+    change = Change(live="model.norm.weight", shape=(3,), value=torch.zeros(3))
+    with pytest.raises(ModelError, match=r"model\.norm\.weight: the adapter gives \(3,\), the file holds \(2,\)"):
+        change.rows(piece, torch.zeros(2), 0, 2)

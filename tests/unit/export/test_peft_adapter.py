@@ -14,6 +14,8 @@ import torch
 from eulerforge.errors import UsageError
 from eulerforge.export.peft_adapter import write_peft
 from eulerforge.export.rundir import TrainedRun
+from eulerforge.lora.adapted import AdaptedModule
+from eulerforge.lora.wrap import adapted_modules
 
 MakeRun = Callable[..., TrainedRun]
 IDS = torch.tensor([[5, 9, 33, 70, 12, 101, 4]])
@@ -109,5 +111,26 @@ def test_the_multimodal_form_is_refused_where_there_is_but_one(
 def test_fused_experts_are_refused_with_the_way_out(make_family_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"model\.layers\.0\.mlp\.experts has .* 4 fused experts") as caught:
         write_peft(make_family_run("mixtral"), tmp_path / "adapter")
+    assert caught.value.problems[0].hint == "use --format merged"
+    assert not (tmp_path / "adapter").exists()
+
+
+class OfAnotherAuthor(AdaptedModule):
+    """A strategy's own wrapper."""
+
+
+def test_an_adapter_of_another_kind_has_no_peft_form(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    run.model.lm_head = OfAnotherAuthor(run.model.lm_head)
+    with pytest.raises(UsageError, match="lm_head is a OfAnotherAuthor, which PEFT does not know") as caught:
+        write_peft(run, tmp_path / "adapter")
+    assert caught.value.problems[0].hint == "use --format merged"
+
+
+def test_a_mixture_of_scalings_has_no_peft_form(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    next(iter(adapted_modules(run.model)))[1].use_rslora = True  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="some adapters use rsLoRA and some do not") as caught:
+        write_peft(run, tmp_path / "adapter")
     assert caught.value.problems[0].hint == "use --format merged"
     assert not (tmp_path / "adapter").exists()
