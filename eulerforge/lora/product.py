@@ -3,8 +3,8 @@
 ``low_rank`` is the low-rank path alone. ``augmented`` is base and path in **one** product with one rounding:
 y = [x | d(x) A^T] @ [W | s B]^T, and backward [gx | gl] = g @ [W | s B]. In bf16 that is more than speed: the sum
 base(x) + path(x) adds to a number that is rounded already, and an update below half a unit in its last place is lost.
-Kept from forward to backward: x (which the layers beside it keep too), the path's r columns, and the number that the
-dropout mask is a function of.
+Kept from forward to backward: x (which the layers beside it keep too), the path's r columns, and the dropout mask, as
+bits on the CPU and as the number that it is a function of elsewhere.
 Suffixes of tensor names: N rows, I in_features, O out_features, R rank, _NIR: I and R side by side in one row.
 """
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from eulerforge.lora.dropout import draw_seed, keep_mask, keep_share, masked
+from eulerforge.lora.dropout import draw_seed, fold, keep_mask, keep_share, masked, unfold
 
 
 def low_rank(x: torch.Tensor, A_RI: torch.Tensor, B_OR: torch.Tensor, scaling: float, dropout: float) -> torch.Tensor:
@@ -59,8 +59,11 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         inputs = A_RI.shape[1]
         x_NI = x.reshape(-1, inputs)
-        ctx.scaling, ctx.dropout, ctx.seed, ctx.weight_OIR = scaling, dropout, seed, weight_OIR
-        dropped_NI = masked(x_NI, keep_mask(x_NI.shape, dropout, seed, x.device)) if dropout else x_NI
+        ctx.scaling, ctx.dropout, ctx.seed, ctx.weight_OIR, ctx.bits = scaling, dropout, seed, weight_OIR, None
+        dropped_NI = x_NI
+        if dropout:
+            mask_NI = keep_mask(x_NI.shape, dropout, seed, x.device)
+            dropped_NI, ctx.bits = masked(x_NI, mask_NI), fold(mask_NI)
         low_NR = dropped_NI @ _compensated(A_RI, dropout, x.dtype).T
         ctx.save_for_backward(x, A_RI, B_OR, low_NR)
         if weight_OIR is None:
@@ -91,7 +94,11 @@ class _Product(torch.autograd.Function):
         else:
             grad_low_NR = grad_NO @ ctx.weight_OIR[:, inputs:]
 
-        mask_NI = keep_mask(x_NI.shape, ctx.dropout, ctx.seed, x.device) if ctx.dropout else None
+        mask_NI = None
+        if ctx.bits is not None:
+            mask_NI = unfold(ctx.bits, x_NI.shape)
+        elif ctx.dropout:
+            mask_NI = keep_mask(x_NI.shape, ctx.dropout, ctx.seed, x.device)
         grad_A_RI = None
         if wants_A:
             dropped_NI = x_NI if mask_NI is None else masked(x_NI, mask_NI)

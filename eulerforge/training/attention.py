@@ -5,19 +5,16 @@ attention interface can use it, and no code of torch or transformers is replaced
 keyword argument ``segments`` of the decoder's call; there is no global state. A call without ``segments`` (generation,
 a padded batch) is transformers' own ``sdpa``.
 
-On the CPU each document is a handful of matrix products, batched over heads; query heads that share a key head are
-rows of one product, so keys and values are never repeated. The backward pass computes the scores again: nothing is kept
-but q, k and v. On CUDA it is flash-attn where that is installed, else torch's own varlen kernel.
-Suffixes of tensor names: N tokens of the whole batch, B blocks' tokens, S keys that a block sees, Q query heads,
-K key heads, G = Q / K, D head width, R = G x B, M tokens of the longest document; a first D counts documents.
+On the CPU each document is a handful of matrix products (``training/document_products.py``). On CUDA it is flash-attn
+where that is installed, else torch's own varlen kernel.
+Suffixes of tensor names: N tokens of the whole batch, Q query heads, K key heads, D head width, M tokens of the longest
+document; a first D counts documents.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import math
-from collections.abc import Iterator
 from functools import cache
 from typing import Any, cast
 
@@ -27,10 +24,9 @@ import torch.nn.functional as F
 
 from eulerforge.data.packing import Segments
 from eulerforge.errors import RunError
+from eulerforge.training.document_products import causal_mask, document_products
 
 NAME = "eulerforge_documents"
-BLOCK = 256
-"""Query rows of one product; keys beyond the block are not computed."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -123,109 +119,8 @@ class _Call:
     dropout: float
 
 
-# --- the CPU's kernel -------------------------------------------------------------------------------------------------
-
-
-class _PerDocument(torch.autograd.Function):
-    """softmax(scale q k^T, causal within each document) v, in blocks of query rows; see the module's docstring."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call: _Call
-    ) -> torch.Tensor:
-        ctx.save_for_backward(q_NQD, k_NKD, v_NKD)
-        ctx.call = call
-        out_NQD = torch.empty_like(q_NQD, memory_format=torch.contiguous_format)
-        masks = _Masks(q_NQD, call.window)
-        for queries, keys in _blocks(call):
-            p_KRS, _ = _probabilities(q_NQD[queries], k_NKD[keys], masks, call)
-            _put(out_NQD[queries], torch.bmm(p_KRS, v_NKD[keys].transpose(0, 1)))
-        return out_NQD
-
-    @staticmethod
-    def backward(ctx: Any, grad_NQD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        q_NQD, k_NKD, v_NKD = ctx.saved_tensors
-        call: _Call = ctx.call
-        dq_NQD = torch.empty_like(q_NQD, memory_format=torch.contiguous_format)
-        # several blocks add to the gradient of one key
-        dtype = torch.float32 if q_NQD.dtype in _HALF and call.segments.longest > BLOCK else q_NQD.dtype
-        dk_NKD = torch.zeros(k_NKD.shape, dtype=dtype, device=k_NKD.device)
-        dv_NKD = torch.zeros(v_NKD.shape, dtype=dtype, device=v_NKD.device)
-        masks = _Masks(q_NQD, call.window)
-        for queries, keys in _blocks(call):
-            k_KSD, v_KSD = k_NKD[keys].transpose(0, 1), v_NKD[keys].transpose(0, 1)
-            p_KRS, slope_KRS = _probabilities(q_NQD[queries], k_NKD[keys], masks, call)
-            g_KRD = _grouped(grad_NQD[queries], len(k_KSD))
-            dv_NKD[keys] += torch.bmm(p_KRS.mT, g_KRD).transpose(0, 1)
-            dp_KRS = torch.bmm(g_KRD, v_KSD.mT)
-            ds_KRS = torch._softmax_backward_data(dp_KRS, p_KRS, -1, p_KRS.dtype)
-            if slope_KRS is not None:
-                ds_KRS = ds_KRS * slope_KRS
-            # the scale belongs to D columns here, instead of S
-            _put(dq_NQD[queries], torch.bmm(ds_KRS, k_KSD).mul_(call.scale))
-            dk_NKD[keys] += torch.bmm(ds_KRS.mT, _grouped(q_NQD[queries], len(k_KSD))).mul_(call.scale).transpose(0, 1)
-        return dq_NQD, dk_NKD.to(k_NKD.dtype), dv_NKD.to(v_NKD.dtype), None
-
-
-def _blocks(call: _Call) -> Iterator[tuple[slice, slice]]:
-    """(query rows, the keys that they may see) of every block of every document, as slices of the flat batch."""
-    start = 0
-    for length in call.segments.lengths:
-        for first in range(start, start + length, BLOCK):
-            last = min(first + BLOCK, start + length)
-            low = start if call.window is None else max(start, first - call.window + 1)
-            yield slice(first, last), slice(low, last)
-        start += length
-
-
-class _Masks:
-    """Additive masks, 0 where a query sees a key and -inf elsewhere, made once per shape."""
-
-    def __init__(self, like: torch.Tensor, window: int | None) -> None:
-        self._like, self._window = like, window
-        self._made: dict[tuple[int, int], torch.Tensor] = {}
-
-    def __call__(self, rows: int, keys: int) -> torch.Tensor:
-        """(rows, keys); the last row is aligned with the last key."""
-        if (rows, keys) not in self._made:
-            behind = keys - rows
-            seen = torch.ones(rows, keys, dtype=torch.bool, device=self._like.device).tril_(behind)
-            if self._window is not None:
-                seen = seen.triu_(behind - self._window + 1)
-            mask = torch.zeros(rows, keys, dtype=self._like.dtype, device=self._like.device)
-            self._made[rows, keys] = mask.masked_fill_(~seen, -math.inf)
-        return self._made[rows, keys]
-
-
-def _probabilities(
-    q_BQD: torch.Tensor, k_SKD: torch.Tensor, masks: _Masks, call: _Call
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention probabilities (K, R, S), and the slope of the soft-capping where there is one."""
-    rows, (keys, heads, _) = len(q_BQD), k_SKD.shape
-    q_KRD, k_KDS = _grouped(q_BQD, heads), k_SKD.permute(1, 2, 0)
-    mask_RS = masks(rows, keys).repeat(q_KRD.shape[1] // rows, 1)
-    if call.softcap is None:
-        return torch.softmax(torch.baddbmm(mask_RS, q_KRD, k_KDS, alpha=call.scale), -1), None
-    squashed_KRS = torch.tanh(torch.bmm(q_KRD, k_KDS) * (call.scale / call.softcap))
-    return torch.softmax(squashed_KRS * call.softcap + mask_RS, -1), 1 - squashed_KRS**2
-
-
-def _grouped(x_BQD: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, Q, D) as (K, G x B, D): the query heads of a key head are rows of one matrix."""
-    return x_BQD.unflatten(1, (heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
-
-
-def _put(out_BQD: torch.Tensor, x_KRD: torch.Tensor) -> None:
-    """The inverse of ``_grouped``, into a view."""
-    out_BQD.unflatten(1, (len(x_KRD), -1)).copy_(x_KRD.unflatten(1, (-1, len(out_BQD))).permute(2, 0, 1, 3))
-
-
 def _matmul(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call: _Call) -> torch.Tensor:
-    out: torch.Tensor = _PerDocument.apply(q_NQD, k_NKD, v_NKD, call)
-    return out
-
-
-# --- CUDA's kernels, and the one that goes everywhere -----------------------------------------------------------------
+    return document_products(q_NQD, k_NKD, v_NKD, call.segments.lengths, call.scale, call.window, call.softcap)
 
 
 def _flash(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call: _Call) -> torch.Tensor:
@@ -275,7 +170,8 @@ def _padded(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call:
     q_DQMD, k_DKMD, v_DKMD = (call.segments.gather(states).transpose(1, 2) for states in (q_NQD, k_NKD, v_NKD))
     mask = None
     if call.window is not None:
-        mask = _Masks(q_NQD, call.window)(call.segments.longest, call.segments.longest)
+        longest = call.segments.longest
+        mask = causal_mask(longest, longest, call.window, 1, q_NQD.dtype, q_NQD.device)
     out_DQMD = F.scaled_dot_product_attention(
         q_DQMD, k_DKMD, v_DKMD, mask, call.dropout, is_causal=mask is None, scale=call.scale, enable_gqa=True
     )

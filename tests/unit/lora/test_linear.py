@@ -70,7 +70,7 @@ def test_dropout_acts_on_the_low_rank_path_in_training_only() -> None:
     assert torch.equal(layer(x), layer(x))
     layer.train()
     torch.manual_seed(1)
-    kept = keep_mask(x.shape, 0.5, draw_seed(), x.device) != 0
+    kept = keep_mask(x.shape, 0.5, draw_seed(), x.device)
     wanted = layer.base_layer(x) + (x * kept / 0.5) @ layer.lora_A.T @ layer.lora_B.T * 2
     torch.manual_seed(1)
     torch.testing.assert_close(layer(x), wanted)

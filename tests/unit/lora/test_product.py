@@ -34,7 +34,7 @@ def slow(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, dropout: float, seed
     """The low-rank path in plain lines, with the mask that ``seed`` means."""
     if dropout:
         rows = x.reshape(-1, IN)
-        x = (rows * (keep_mask(rows.shape, dropout, seed, rows.device) != 0) / keep_share(dropout)).view(x.shape)
+        x = (rows * keep_mask(rows.shape, dropout, seed, rows.device) / keep_share(dropout)).view(x.shape)
     return x @ A.T @ B.T * SCALE
 
 

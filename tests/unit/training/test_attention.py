@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from eulerforge.data.packing import Segments
 from eulerforge.errors import RunError
-from eulerforge.training import attention
+from eulerforge.training import attention, document_products
 from eulerforge.training.attention import documents_attention, kernel_for, no_mask
 
 LENGTHS = (5, 1, 9, 3)
@@ -58,7 +58,7 @@ def reference(
 def test_output_and_gradients_are_the_references(
     heads: tuple[int, int], window: int | None, block: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(document_products, "BLOCK", block)
     ours, expected = states(*heads), states(*heads)
     out, weights = documents_attention(
         MODULE, *ours, None, scaling=0.3, sliding_window=window, softcap=softcap, segments=segments()
@@ -75,7 +75,7 @@ def test_output_and_gradients_are_the_references(
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_gradcheck(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(document_products, "BLOCK", 2)
     borders = segments((3, 1, 4))
 
     def run(query: Any, key: Any, value: Any) -> torch.Tensor:

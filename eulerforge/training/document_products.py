@@ -1,0 +1,149 @@
+"""Attention per document as matrix products: the CPU's kernel behind ``training/attention.py``.
+
+Notable: the query heads that share a key head are rows of one product, token by token (row n G + g), so keys and values
+are never repeated and a block of queries is a view: all products read and write the whole batch's tensors in place. A
+block's keys end where its queries do, and only its last columns need the causal mask. The backward pass computes the
+probabilities again: nothing is kept but q, k and v.
+Suffixes of tensor names: N tokens of the whole batch, Q query heads, K key heads, G = Q / K, D head width, M = N x G;
+of one block of B tokens R = B x G rows and S keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+BLOCK = 96
+"""Tokens of a block: the scores of a block and its probabilities stay in the cache."""
+
+
+def document_products(
+    q_NQD: torch.Tensor,
+    k_NKD: torch.Tensor,
+    v_NKD: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale q k^T, causal within each document) v, (N, Q, D); differentiable once.
+
+    Args:
+        lengths: tokens of the documents, which lie one after another; their sum is N.
+        window: how many keys a query sees, itself included; None is all before it.
+        softcap: the scores become ``softcap * tanh(scores / softcap)`` first.
+    """
+    out_NQD: torch.Tensor = _PerDocument.apply(q_NQD, k_NKD, v_NKD, lengths, _Scores(scale, window, softcap))
+    return out_NQD
+
+
+class _PerDocument(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_NQD: torch.Tensor,
+        k_NKD: torch.Tensor,
+        v_NKD: torch.Tensor,
+        lengths: tuple[int, ...],
+        scores: _Scores,
+    ) -> torch.Tensor:
+        k_KND, v_KND = (states.transpose(0, 1).contiguous() for states in (k_NKD, v_NKD))
+        q_KMD = _grouped(q_NQD, len(k_KND))
+        ctx.save_for_backward(q_KMD, k_KND, v_KND)
+        ctx.lengths, ctx.scores, ctx.heads = lengths, scores, q_NQD.shape[1]
+        out_KMD = torch.empty_like(q_KMD)
+        for rows, keys in _blocks(lengths, ctx.heads // len(k_KND), scores.window):
+            p_KRS, _ = scores.probabilities(q_KMD[:, rows], k_KND[:, keys], ctx.heads // len(k_KND))
+            torch.bmm(p_KRS, v_KND[:, keys], out=out_KMD[:, rows])
+        return _ungrouped(out_KMD, ctx.heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NQD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q_KMD, k_KND, v_KND = ctx.saved_tensors
+        group = ctx.heads // len(k_KND)
+        grad_KMD, dq_KMD = _grouped(grad_NQD, len(k_KND)), torch.empty_like(q_KMD)
+        # several blocks add to the gradient of one key
+        exact = torch.promote_types(q_KMD.dtype, torch.float32)
+        dk_KND, dv_KND = (torch.zeros_like(states, dtype=exact) for states in (k_KND, v_KND))
+        for rows, keys in _blocks(ctx.lengths, group, ctx.scores.window):
+            q_KRD, k_KSD, grad_KRD = q_KMD[:, rows], k_KND[:, keys], grad_KMD[:, rows]
+            p_KRS, slope_KRS = ctx.scores.probabilities(q_KRD, k_KSD, group)
+            dv_KND[:, keys] += torch.bmm(p_KRS.mT, grad_KRD)
+            dp_KRS = torch.bmm(grad_KRD, v_KND[:, keys].mT)
+            ds_KRS = torch._softmax_backward_data(dp_KRS, p_KRS, -1, p_KRS.dtype)
+            if slope_KRS is not None:
+                ds_KRS = ds_KRS * slope_KRS
+            torch.bmm(ds_KRS, k_KSD, out=dq_KMD[:, rows])
+            dk_KND[:, keys] += torch.bmm(ds_KRS.mT, q_KRD)
+        # the scale belongs to D columns here, instead of S
+        dq_NQD = _ungrouped(dq_KMD.mul_(ctx.scores.scale), ctx.heads)
+        dk_NKD = dk_KND.mul_(ctx.scores.scale).to(k_KND.dtype).transpose(0, 1)
+        return dq_NQD, dk_NKD, dv_KND.to(v_KND.dtype).transpose(0, 1), None, None
+
+
+class _Scores:
+    """From queries and keys of a block to probabilities."""
+
+    def __init__(self, scale: float, window: int | None, softcap: float | None) -> None:
+        self.scale, self.window, self.softcap = scale, window, softcap
+
+    def probabilities(
+        self, q_KRD: torch.Tensor, k_KSD: torch.Tensor, group: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(K, R, S), and the slope of the soft-capping where there is one."""
+        scale = self.scale if self.softcap is None else self.scale / self.softcap
+        s_KRS = torch.baddbmm(q_KRD.new_empty(1), q_KRD, k_KSD.mT, beta=0, alpha=scale)
+        slope_KRS = None
+        if self.softcap is not None:
+            squashed_KRS = s_KRS.tanh_()
+            slope_KRS, s_KRS = 1 - squashed_KRS**2, squashed_KRS * self.softcap
+        block, keys = s_KRS.shape[1] // group, s_KRS.shape[2]
+        if self.window is None or keys <= self.window:
+            triangle = _kept_mask(BLOCK, BLOCK, None, group, s_KRS.dtype, s_KRS.device)
+            s_KRS[:, :, keys - block :] += triangle[: block * group, :block]
+        else:
+            s_KRS += _kept_mask(block, keys, self.window, group, s_KRS.dtype, s_KRS.device)
+        return torch.softmax(s_KRS, -1), slope_KRS
+
+
+def causal_mask(
+    rows: int, keys: int, window: int | None, group: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """0 where a query sees a key and -inf elsewhere, (rows * group, keys); the last row stands at the last key."""
+    behind = keys - rows
+    with torch.inference_mode(False):  # one that evaluation made, and a cache keeps, is used in training too
+        seen = torch.ones(rows, keys, dtype=torch.bool, device=device).tril_(behind)
+        if window is not None:
+            seen = seen.triu_(behind - window + 1)
+        mask = torch.zeros(rows, keys, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
+        return mask.repeat_interleave(group, 0)
+
+
+_kept_mask = lru_cache(maxsize=32)(causal_mask)
+
+
+def _blocks(lengths: tuple[int, ...], group: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(rows of M, keys of N that they may see) of every block of every document."""
+    start = 0
+    for length in lengths:
+        for first in range(start, start + length, BLOCK):
+            last = min(first + BLOCK, start + length)
+            low = start if window is None else max(start, first - window + 1)
+            yield slice(first * group, last * group), slice(low, last)
+        start += length
+
+
+def _grouped(x_NQD: torch.Tensor, heads: int) -> torch.Tensor:
+    """(N, Q, D) as (K, M, D)."""
+    return x_NQD.unflatten(1, (heads, -1)).transpose(0, 1).contiguous().flatten(1, 2)
+
+
+def _ungrouped(x_KMD: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of ``_grouped``."""
+    return x_KMD.unflatten(1, (-1, heads // len(x_KMD))).transpose(0, 1).flatten(1, 2)
