@@ -56,13 +56,14 @@ def unfold(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).view(np.bool_)).view(shape)
 
 
-def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """``x`` where the mask is true and 0 elsewhere; not scaled."""
+def masked(x: torch.Tensor, mask: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``x`` where the mask is true and 0 elsewhere, not scaled, written into ``out``, which may be ``x`` itself."""
     if mask.device.type != "cpu":
-        return x * mask
+        return torch.mul(x, mask, out=out)
     # whole numbers: torch converts bf16 to fp32 and back, eight times slower
-    integers = x.view(_INTEGERS[x.element_size()]).numpy() * mask.numpy()
-    return torch.from_numpy(integers).view(x.dtype)
+    integer = _INTEGERS[x.element_size()]
+    np.multiply(x.view(integer).numpy(), mask.numpy(), out=out.view(integer).numpy())
+    return out
 
 
 def _level(probability: float) -> int:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from eulerforge.lora.dropout import draw_seed, fold, keep_mask, keep_share, masked, unfold
+from eulerforge.lora.room import room
 
 
 def low_rank(x: torch.Tensor, A_RI: torch.Tensor, B_OR: torch.Tensor, scaling: float, dropout: float) -> torch.Tensor:
@@ -63,7 +64,8 @@ class _Product(torch.autograd.Function):
         dropped_NI = x_NI
         if dropout:
             mask_NI = keep_mask(x_NI.shape, dropout, seed, x.device)
-            dropped_NI, ctx.bits = masked(x_NI, mask_NI), fold(mask_NI)
+            dropped_NI = masked(x_NI, mask_NI, room("dropped", x_NI.shape, x_NI))
+            ctx.bits = fold(mask_NI)
         low_NR = dropped_NI @ _compensated(A_RI, dropout, x.dtype).T
         ctx.save_for_backward(x, A_RI, B_OR, low_NR)
         if weight_OIR is None:
@@ -71,7 +73,8 @@ class _Product(torch.autograd.Function):
         else:
             torch.mul(B_OR, scaling, out=weight_OIR[:, inputs:])
             # a copy of x costs a hundredth of the product
-            y_NO = F.linear(torch.cat([x_NI, low_NR], dim=1), weight_OIR, bias_O)
+            joined_NIR = room("joined", (len(x_NI), weight_OIR.shape[1]), x_NI)
+            y_NO = F.linear(torch.cat([x_NI, low_NR], dim=1, out=joined_NIR), weight_OIR, bias_O)
         return y_NO.view(*x.shape[:-1], len(B_OR))
 
     @staticmethod
@@ -89,7 +92,8 @@ class _Product(torch.autograd.Function):
         if ctx.weight_OIR is None:
             grad_low_NR = grad_NO @ (B_OR * ctx.scaling).to(x.dtype)
         elif wants_x:
-            grad_NIR = grad_NO @ ctx.weight_OIR
+            grad_NIR = room("joined", (len(x_NI), ctx.weight_OIR.shape[1]), x_NI)
+            torch.mm(grad_NO, ctx.weight_OIR, out=grad_NIR)
             base_NI, grad_low_NR = grad_NIR[:, :inputs], grad_NIR[:, inputs:]
         else:
             grad_low_NR = grad_NO @ ctx.weight_OIR[:, inputs:]
@@ -101,13 +105,18 @@ class _Product(torch.autograd.Function):
             mask_NI = keep_mask(x_NI.shape, ctx.dropout, ctx.seed, x.device)
         grad_A_RI = None
         if wants_A:
-            dropped_NI = x_NI if mask_NI is None else masked(x_NI, mask_NI)
+            dropped_NI = x_NI if mask_NI is None else masked(x_NI, mask_NI, room("dropped", x_NI.shape, x_NI))
             grad_A_RI = (grad_low_NR.T @ dropped_NI).to(A_RI.dtype) / keep_share(ctx.dropout)
         grad_x = None
         if wants_x:
-            grad_x_NI = grad_low_NR @ _compensated(A_RI, ctx.dropout, x.dtype)
-            grad_x_NI = grad_x_NI if mask_NI is None else masked(grad_x_NI, mask_NI)
-            grad_x = (grad_x_NI if base_NI is None else grad_x_NI.add_(base_NI)).view(x.shape)
+            grad_x_NI = torch.empty_like(x_NI, memory_format=torch.contiguous_format)
+            path_NI = grad_x_NI if base_NI is None else room("dropped", x_NI.shape, x_NI)
+            torch.mm(grad_low_NR, _compensated(A_RI, ctx.dropout, x.dtype), out=path_NI)
+            if mask_NI is not None:
+                masked(path_NI, mask_NI, path_NI)
+            if base_NI is not None:
+                torch.add(path_NI, base_NI, out=grad_x_NI)
+            grad_x = grad_x_NI.view(x.shape)
         return grad_x, grad_A_RI, grad_B_OR, None, None, None, None, None
 
 

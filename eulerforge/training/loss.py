@@ -17,13 +17,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from eulerforge.lora.room import room
+
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Logits of a chunk, in the head's precision. A GPU needs more rows at once before its product is fast."""
 BLOCK_NUMBERS = 1 << 20
 """fp32 numbers of a block on the CPU: softmax and gradient of these stay in the cache."""
-_ROOMS: dict[torch.dtype, torch.Tensor] = {}
-"""Where a chunk's logits lie on the CPU, kept from call to call: memory above 32 MiB is otherwise mapped anew, page by
-page, each time, which takes a quarter of the loss's time."""
 
 
 def summed_cross_entropy(
@@ -80,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=exact) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=exact) if wants_bias and bias_V is not None else None
         chunk = _chunk_rows(len(weight_VH), hidden_NH.element_size(), hidden_NH.device)
-        room_CV = _room(min(chunk, len(labels_N)), len(weight_VH), hidden_NH)
+        room_CV = room("logits", (min(chunk, len(labels_N)), len(weight_VH)), hidden_NH)
         for start in range(0, len(labels_N), chunk):
             part_CH, labels_C = hidden_NH[start : start + chunk], labels_N[start : start + chunk]
             logits_CV = room_CV[: len(part_CH)]
@@ -149,17 +148,6 @@ def _chunk_loss(
     if softcap is not None:
         logits_CV = torch.tanh(logits_CV / softcap) * softcap
     return F.cross_entropy(logits_CV, labels_C, reduction="sum")
-
-
-def _room(rows: int, vocabulary: int, like: torch.Tensor) -> torch.Tensor:
-    """(rows, vocabulary) in ``like``'s precision, on its device; what lies in it is anything."""
-    if like.device.type != "cpu":
-        return like.new_empty(rows, vocabulary)
-    kept = _ROOMS.get(like.dtype)
-    if kept is None or kept.numel() < rows * vocabulary:
-        with torch.inference_mode(False):  # one that evaluation made could not be written to in training
-            kept = _ROOMS[like.dtype] = torch.empty(rows * vocabulary, dtype=like.dtype)
-    return kept[: rows * vocabulary].view(rows, vocabulary)
 
 
 def _chunk_rows(vocabulary: int, bytes_each: int, device: torch.device) -> int:

@@ -66,4 +66,6 @@ def test_a_mask_comes_back_from_its_bits(shape: tuple[int, int]) -> None:
 def test_masking_keeps_the_bits_of_what_is_kept(dtype: torch.dtype) -> None:
     x = torch.randn(40, 24).to(dtype)[:, 3:11]  # a view with strides of its own
     mask = keep_mask(x.shape, 0.4, 2, CPU)
-    assert torch.equal(masked(x, mask), torch.where(mask, x, torch.zeros((), dtype=dtype)))
+    wanted = torch.where(mask, x, torch.zeros((), dtype=dtype))
+    assert torch.equal(masked(x, mask, torch.empty_like(x)), wanted)
+    assert torch.equal(masked(x, mask, x), wanted)

@@ -1,0 +1,32 @@
+"""Rooms: memory for what a function needs only while it runs, the same memory from call to call.
+
+Notable: on a CPU the allocator hands out another place each time, whose pages are neither mapped nor in the cache. A
+product into a room that is still in the cache costs a third of one into fresh memory.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+
+LARGEST_BYTES = 64 << 20
+"""A larger room is made anew each time: it would not stay in any cache, and the process would keep it for good."""
+_KEPT = threading.local()
+
+
+def room(name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A tensor of this shape, in ``like``'s precision and on its device; what lies in it is anything.
+
+    The next call with the same name gives the same memory, so nothing of it may leave the function that asked.
+    """
+    count = math.prod(shape)
+    if like.device.type != "cpu" or count * like.element_size() > LARGEST_BYTES:
+        return like.new_empty(shape)
+    rooms: dict[tuple[str, torch.dtype], torch.Tensor] = _KEPT.__dict__.setdefault("rooms", {})
+    kept = rooms.get((name, like.dtype))
+    if kept is None or kept.numel() < count:
+        with torch.inference_mode(False):  # one that evaluation made could not be written to in training
+            kept = rooms[name, like.dtype] = torch.empty(count, dtype=like.dtype)
+    return kept[:count].view(shape)
