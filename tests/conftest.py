@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# threads that wait for each other spin: a test of small tensors takes up to ten times as long beside other work
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # a run of the whole suite notes which error sites are reached, and fails for those that no test has reached
-from sitewatch import pytest_collection_finish, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
+from sitewatch import pytest_collection_finish, pytest_sessionfinish, pytest_terminal_summary  # noqa: E402, F401
 
 # distributions of their own, whose tests need them installed: tests/integration/test_plugins_new.py runs them
 collect_ignore_glob = ["thirdparty/*"]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eulerforge.lora import room as room_house
 from eulerforge.training import loss as loss_room
 from eulerforge.training.loss import is_plain, summed_cross_entropy
 
@@ -76,7 +77,7 @@ def test_value_and_every_gradient_equal_the_reference(
 def test_the_room_for_logits_serves_evaluation_and_training_of_any_size() -> None:
     head, hidden, labels = case()
     head.requires_grad_(False)
-    loss_room._ROOMS.clear()
+    room_house._KEPT.__dict__.clear()
     with torch.inference_mode():
         summed_cross_entropy(head, hidden.detach()[:3], labels[:3])
     for rows in (N, 5, N):
@@ -86,7 +87,7 @@ def test_the_room_for_logits_serves_evaluation_and_training_of_any_size() -> Non
         given = hidden.detach().requires_grad_()
         reference(head, given[:rows], labels[:rows], None).backward()
         torch.testing.assert_close(hidden.grad, given.grad, rtol=1e-5, atol=1e-6)
-    assert loss_room._ROOMS[torch.float32].numel() == N * V
+    assert room_house._KEPT.rooms["logits", torch.float32].numel() == N * V
 
 
 @pytest.mark.usefixtures("small_chunks")
