@@ -28,6 +28,7 @@ from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.isolation import Isolation, isolate, prove
 from eulerforge.training.memory import refuse_beyond_memory
+from eulerforge.training.norms import Norms, quicken_norms
 from eulerforge.training.phases import PhasePlan, enter_phase
 from eulerforge.training.prefix import FrozenPrefix, first_trained_layer
 from eulerforge.training.recompute import Kept, every_of, measured_every, recompute_layers
@@ -59,6 +60,7 @@ class Run:
     out: Path
     layout: Layout
     isolation: Isolation
+    norms: Norms
     kept: Kept
     prefix: FrozenPrefix | None = None
     warnings: tuple[str, ...] = ()
@@ -150,6 +152,8 @@ def assemble(
         warnings.append("fp16 gradients can underflow in the base; bf16 or fp32 are safer (model.load_precision.mode)")
     layout, isolation = _layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)
     say(isolation.line(layout.packing))
+    norms = quicken_norms(loaded.model)
+    say(norms.line())
     layers = list(injected.adapter.find_transformer_layers(loaded.model))
     prefix = _prefix(loaded.model, phases, datasets, say) if config.training.cache_frozen_prefix else None
     kept = _kept(config, loaded.model, layers, layout, phases, device, say)
@@ -170,6 +174,7 @@ def assemble(
         out=out,
         layout=layout,
         isolation=isolation,
+        norms=norms,
         kept=kept,
         prefix=prefix,
         warnings=tuple(warnings),

@@ -116,6 +116,7 @@ class _Session:
             self._open_folder(weights)
             after = self._trained()
         self.run.isolation.remove()
+        self.run.norms.remove()
         summary = make_summary(self.run, self.state, after)
         write_json_atomic(self.out / outdir.SUMMARY_FILE, summary)
         include_base = self.run.config.checkpoint.include_base

@@ -43,3 +43,16 @@ def test_a_layer_launches_few_kernels() -> None:
         torch.cuda.synchronize()
     launches = sum(event.count for event in seen.key_averages() if "LaunchKernel" in event.key)
     assert 0 < launches <= 24
+
+
+def test_norms_in_one_kernel_are_the_models_own() -> None:
+    from tiny import tiny_model
+
+    from eulerforge.training.norms import quicken_norms
+
+    model = tiny_model("qwen3").to("cuda", torch.bfloat16).requires_grad_(False)
+    ids = torch.randint(3, 50, (2, 9), device="cuda")
+    own = model(ids).logits
+    norms = quicken_norms(model)
+    assert norms.fast == 2 * 3 + 1 + 2 * 3
+    torch.testing.assert_close(model(ids).logits, own, rtol=2e-2, atol=2e-2)
