@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # a run of the whole suite notes which error sites are reached, and fails for those that no test has reached
-from sitewatch import pytest_collection_finish, pytest_sessionfinish, pytest_terminal_summary  # noqa: E402, F401
+from sitewatch import pytest_collection_finish, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 # distributions of their own, whose tests need them installed: tests/integration/test_plugins_new.py runs them
 collect_ignore_glob = ["thirdparty/*"]
