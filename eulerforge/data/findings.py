@@ -66,9 +66,10 @@ class RowFindings:
             self._note(WRITTEN, chunk.origins[row])
         if self._bos is None:
             return
-        tokens = np.concatenate([*chunk.ids, np.zeros(0, np.uint32)])
-        ends = np.cumsum([len(ids) for ids in chunk.ids], dtype=np.int64)
+        tokens, ends = chunk.tokens, np.cumsum(chunk.lengths)
         found = np.flatnonzero(tokens == self._bos)
+        if not len(found):
+            return
         rows = np.searchsorted(ends, found, side="right")
         starts = np.concatenate([np.zeros(1, np.int64), ends])[rows]
         closed = np.cumsum(tokens == self._eos) if self._eos is not None else np.zeros(len(tokens), np.int64)
@@ -84,9 +85,9 @@ class RowFindings:
                 noted.add(row)
                 self._note(DOUBLE_BOS if double else INNER_BOS, chunk.origins[row])
 
-    def _note(self, name: str, origin: tuple[int, int]) -> None:
+    def _note(self, name: str, origin: Sequence[int]) -> None:
         count, first = self._found.get(name, (0, []))
-        self._found[name] = (count + 1, [*first, origin][:SHOWN])
+        self._found[name] = (count + 1, [*first, (int(origin[0]), int(origin[1]))][:SHOWN])
 
     def to_facts(self) -> dict[str, Any]:
         """As it stands in the cache: {kind: [count, [[file index, line], ...]]}."""

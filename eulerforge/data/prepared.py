@@ -17,6 +17,7 @@ import numpy as np
 
 from eulerforge.config.cachedir import cache_root
 from eulerforge.data.cache import CacheEntry, EntryWriter, cache_key, tokenizer_sha256
+from eulerforge.data.cutting import Cutter
 from eulerforge.data.duplicates import count_repeated, overlap_error, row_hashes, shared_rows
 from eulerforge.data.files import DataFile, find_files
 from eulerforge.data.findings import RowFindings, findings_of
@@ -25,7 +26,7 @@ from eulerforge.data.render import Rendered, Renderer
 from eulerforge.data.report import DataReport, PartReport
 from eulerforge.data.rows import ProcessedRow, Row, RowParser
 from eulerforge.data.split import split_rows
-from eulerforge.data.tokenize import RowTokenizer, Tokens
+from eulerforge.data.tokenize import Encoded, RowTokenizer, Tokens
 from eulerforge.data.tokenized import MemoryRows, RowChunk, TokenizedRows
 from eulerforge.errors import DataError
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from eulerforge.config.schema import DataConfig
 
 _CHUNK = 1024
-TOO_LONG = "longer than data.max_length"
-NO_LABELS = "no trained token within data.max_length"
 
 
 @attrs.frozen(kw_only=True)
@@ -176,48 +175,25 @@ class _Preparation:
         """Tokenize the files into ``out``, chunk by chunk; give back what became of the rows."""
         bad = BadRows()
         kinds: Counter[str] = Counter()
-        dropped: Counter[str] = Counter()
+        cutter = Cutter(max_length=self.config.max_length, drop_long=self.config.on_long == "drop")
         findings = RowFindings(self._tokenizer)
-        truncated = lost = longest = 0
         parsed = islice(self._parsed(files, bad), max_rows)
-        for chunk, found, stray in self._tokenized(parsed, bad):
-            kept, written = RowChunk(), set()
-            kinds.update(row.kind for _, row in chunk)
-            for place, ((file, row), tokens) in enumerate(zip(chunk, found, strict=True)):
-                if tokens is None:
-                    continue
-                ids, labelled = tokens
-                whole = len(ids)
-                if whole > self.config.max_length:
-                    if self.config.on_long == "drop":
-                        dropped[TOO_LONG] += 1
-                        lost += whole
-                        continue
-                    ids, labelled = ids[: self.config.max_length], labelled[: self.config.max_length]
-                if not labelled.any():
-                    dropped[NO_LABELS] += 1
-                    lost += whole
-                    continue
-                cut = whole > self.config.max_length
-                truncated += cut
-                lost += whole - len(ids)
-                longest = max(longest, whole)
-                origin = (file, row.line)
-                if cut or (self._processed and whole == self.config.max_length):
-                    findings.ending(row, ids, labelled, origin)
-                if place in stray:
-                    written.add(len(kept.ids))
-                kept.add(ids, labelled, origin)
-            findings.stray(kept, written)
+        for rows, chunk, stray in self._tokenized(parsed, bad):
+            kinds.update([row.kind for _, row in rows])
+            kept, used, cut = cutter.cut(chunk)
+            ends = np.cumsum(kept.lengths)
+            # rows that are as long as a row may be
+            for place in np.flatnonzero(cut | (self._processed & (kept.lengths == self.config.max_length))).tolist():
+                part = slice(int(ends[place] - kept.lengths[place]), int(ends[place]))
+                origin = (int(kept.origins[place, 0]), int(kept.origins[place, 1]))
+                findings.ending(rows[int(used[place])][1], kept.tokens[part], kept.labelled[part], origin)
+            findings.stray(kept, set(np.flatnonzero(np.isin(used, sorted(stray))).tolist()) if stray else set())
             out.add(kept)
         bad.raise_if_any()
         return {
             "rows_read": kinds.total(),
             "kinds": dict(kinds),
-            "dropped": dict(dropped),
-            "truncated": truncated,
-            "lost_tokens": lost,
-            "longest": longest,
+            **cutter.to_facts(),
             "findings": findings.to_facts(),
         }
 
@@ -230,51 +206,42 @@ class _Preparation:
 
     def _tokenized(
         self, parsed: Iterator[tuple[int, Row]], bad: BadRows
-    ) -> Iterator[tuple[list[tuple[int, Row]], list[Tokens | None], set[int]]]:
-        """Chunks of rows, (ids, labelled) of each, None where ``bad`` names it, and which hold stray special tokens.
+    ) -> Iterator[tuple[list[tuple[int, Row]], RowChunk, set[int]]]:
+        """Chunks of rows, their tokens, and which of them hold stray special tokens; none once a row is bad.
 
         While the tokenizer works on one chunk, the next is parsed and rendered.
         """
         with ThreadPoolExecutor(1) as worker:
-            waiting: deque[tuple[list[tuple[int, Row]], list[tuple[int, Rendered]], Future[list[Any]]]] = deque()
+            waiting: deque[tuple[list[tuple[int, Row]], list[Rendered], Future[Encoded]]] = deque()
             while True:
-                chunk = list(islice(parsed, _CHUNK))
-                if chunk:
-                    rendered = self._rendered([row for _, row in chunk], bad)
+                rows = list(islice(parsed, _CHUNK))
+                if rows:
+                    rendered = self._rendered([row for _, row in rows], bad)
                     # once a row is bad the run will stop: the rest is read for further problems only
                     if not bad.total:
-                        encoded = worker.submit(self._row_tokenizer.encode, [one for _, one in rendered])
-                        waiting.append((chunk, rendered, encoded))
-                if len(waiting) > 1 or (waiting and not chunk):
-                    chunk_before, rendered, encoded = waiting.popleft()
-                    stray = {place for place, one in rendered if one.stray}
-                    yield chunk_before, self._tokens(chunk_before, rendered, encoded.result(), bad), stray
-                elif not chunk:
+                        waiting.append((rows, rendered, worker.submit(self._row_tokenizer.encode, rendered)))
+                if len(waiting) > 1 or (waiting and not rows):
+                    before, rendered, encoded = waiting.popleft()
+                    chunk = self._chunk(before, rendered, encoded.result(), bad)
+                    if not bad.total:
+                        yield before, chunk, {place for place, one in enumerate(rendered) if one.stray}
+                elif not rows:
                     return
 
-    def _rendered(self, rows: Sequence[Row], bad: BadRows) -> list[tuple[int, Rendered]]:
-        """The rows that are text, rendered, each with its place."""
-        written = [(place, row) for place, row in enumerate(rows) if not isinstance(row, ProcessedRow)]
-        shown = self._renderer.render_all([row for _, row in written], bad)
-        return [(place, one) for (place, _), one in zip(written, shown, strict=True) if one is not None]
+    def _rendered(self, rows: Sequence[Row], bad: BadRows) -> list[Rendered]:
+        """The rows as text; of rows that come as token ids there is none."""
+        if self._processed:
+            return []
+        written = [row for row in rows if not isinstance(row, ProcessedRow)]
+        return [one for one in self._renderer.render_all(written, bad) if one is not None]
 
-    def _tokens(
-        self,
-        chunk: Sequence[tuple[int, Row]],
-        rendered: Sequence[tuple[int, Rendered]],
-        encoded: list[Any],
-        bad: BadRows,
-    ) -> list[Tokens | None]:
-        results: list[Tokens | None] = [None] * len(chunk)
-        for place, (_, row) in enumerate(chunk):
-            if isinstance(row, ProcessedRow):
-                labelled = np.array(row.labelled, dtype=np.uint8)
-                labelled[:1] = 0
-                results[place] = (np.array(row.input_ids, dtype=np.uint32), labelled)
-        tokens = self._row_tokenizer.rows([one for _, one in rendered], encoded, bad)
-        for (place, _), one in zip(rendered, tokens, strict=True):
-            results[place] = one
-        return results
+    def _chunk(
+        self, rows: Sequence[tuple[int, Row]], rendered: Sequence[Rendered], encoded: Encoded, bad: BadRows
+    ) -> RowChunk:
+        origins = np.array([(file, row.line) for file, row in rows], dtype=np.int64)
+        if self._processed:
+            return RowChunk.of([_of_ids(row) for _, row in rows if isinstance(row, ProcessedRow)], origins)
+        return attrs.evolve(self._row_tokenizer.block(rendered, encoded, bad), origins=origins)
 
     def _nothing_left(self, report: PartReport) -> DataError:
         names = ", ".join(report.files)
@@ -286,3 +253,9 @@ class _Preparation:
             key="data.max_length",
             hint=f"raise data.max_length (now {self.config.max_length})",
         )
+
+
+def _of_ids(row: ProcessedRow) -> Tokens:
+    labelled = np.array(row.labelled, dtype=np.uint8)
+    labelled[:1] = 0
+    return np.array(row.input_ids, dtype=np.uint32), labelled

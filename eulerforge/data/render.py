@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from eulerforge.data.read import BadRows, SourceRow
 from eulerforge.data.rows import ChatRow, Message, ProcessedRow, Row, RowParser, TextRow
-from eulerforge.data.template_shape import TemplateShape, cues_of, is_plain, learn_shape
+from eulerforge.data.template_shape import TemplateShape, cues_of, has_markup, is_plain, learn_shape
 from eulerforge.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,14 +28,17 @@ if TYPE_CHECKING:
 
 _PROBE = (Message("user", "question"), Message("assistant", "answer"))
 _SHAPE_TURNS = 5
+WHOLE = -1
+"""The shape of a row that is trained from begin to end."""
 _NO_TEMPLATE_HINT = "--set data.template=none trains on plain text"
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define
 class Rendered:
     """Text with the half-open character spans of it that are trained, in order and apart.
 
     ``stray`` says that a message holds the text of a special token, which its template did not put there.
+    ``shape`` is a number that rows share which differ in their contents only, 0 for a row of its own kind.
     """
 
     text: str
@@ -43,6 +46,7 @@ class Rendered:
     where: str
     line: int
     stray: bool = False
+    shape: int = attrs.field(default=0, eq=False)
 
 
 class Renderer:
@@ -61,9 +65,10 @@ class Renderer:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._closers = tuple(special | {token for token in tokenizer.all_special_tokens if token})
         self._special_text = re.compile("|".join(map(re.escape, self._closers)) or r"(?!)")
+        self._special_is_markup = all(map(has_markup, self._closers))
         self._end_marker = self._probe_end_marker() if self.uses_template else ""
         self._cues = cues_of(str(tokenizer.chat_template) if self.uses_template else "")
-        self._shapes: dict[tuple[str, ...], TemplateShape | None] = {}
+        self._shapes: dict[tuple[str, ...], tuple[int, TemplateShape] | None] = {}
 
     def render_all(self, rows: Sequence[ChatRow | TextRow], bad: BadRows) -> list[Rendered | None]:
         """Every row's text and spans, None for a row that ``bad`` now names.
@@ -84,21 +89,25 @@ class Renderer:
         if isinstance(row, TextRow) or not self.uses_template:
             return None
         messages = self._with_system(row.messages)
-        roles = tuple(message.role for message in messages)
+        roles = tuple([message.role for message in messages])
         if roles not in self._shapes:
             # a conversation of a rare shape is not worth the probes
-            self._shapes[roles] = learn_shape(roles, self._templated) if len(roles) <= _SHAPE_TURNS else None
-        shape = self._shapes[roles]
-        if shape is None or not is_plain(messages, self._cues):
+            learnt = learn_shape(roles, self._templated) if len(roles) <= _SHAPE_TURNS else None
+            self._shapes[roles] = (len(self._shapes) + 1, learnt) if learnt is not None else None
+        known = self._shapes[roles]
+        if known is None or not is_plain(messages, self._cues):
             return None
+        number, shape = known
         text, spans = shape.fill(messages)
-        return Rendered(text=text, spans=spans, where=row.where, line=row.line, stray=self.holds_special(row.messages))
+        # without markup there is no special token either, where each of them has some
+        stray = not self._special_is_markup and self.holds_special(row.messages)
+        return Rendered(text, spans, row.where, row.line, stray, 0 if stray else number)
 
     def render(self, row: ChatRow | TextRow, bad: BadRows) -> Rendered | None:
         """The row's text and spans, or None when the template cannot render it: then ``bad`` says why."""
         if isinstance(row, TextRow):
             text = self._closed(row.text)
-            return Rendered(text=text, spans=((0, len(text)),), where=row.where, line=row.line)
+            return Rendered(text=text, spans=((0, len(text)),), where=row.where, line=row.line, shape=WHOLE)
         messages = self._with_system(row.messages)
         if not self.uses_template:
             text, spans = self._joined(messages, row.separator)

@@ -7,7 +7,8 @@ ids. Kinds may be mixed in a file. ``data.schema`` maps our key to the file's co
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import attrs
@@ -33,9 +34,12 @@ _SHAREGPT_ROLES = {
     "system": "system",
 }  # fmt: skip
 IGNORED = -100
+_KINDS_KEPT = 256
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
-@attrs.frozen
+# not frozen, here and below: a frozen one takes three times as long to make, and there are millions
+@attrs.define
 class Message:
     """One turn: ``role`` is system, user or assistant."""
 
@@ -46,7 +50,7 @@ class Message:
         return {"role": self.role, "content": self.content}
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class ChatRow:
     """Turns of which the assistant's are trained. ``separator`` stands between turns where no template is used."""
 
@@ -57,7 +61,7 @@ class ChatRow:
     where: str
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class TextRow:
     """Text that is trained from its first to its last token."""
 
@@ -103,6 +107,7 @@ class RowParser:
                 hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(SCHEMA_KEYS)}"
                 raise ConfigError(f"{key} is no row key", key=f"data.schema.{key}", hint=hint)
         self._columns = {key: schema.get(key, key) for key in SCHEMA_KEYS}
+        self._kinds: dict[tuple[str, ...], str | None] = {}
         self._processed = processed
         self._vocabulary = vocabulary
 
@@ -134,7 +139,10 @@ class RowParser:
 
     def _row(self, row: SourceRow) -> Row:
         data = row.data
-        kind = next((name for name, keys in _KINDS if all(self._columns[key] in data for key in keys)), None)
+        names = tuple(data)
+        if names not in self._kinds and len(self._kinds) < _KINDS_KEPT:
+            self._kinds[names] = self._kind_of(names)
+        kind = self._kinds[names] if names in self._kinds else self._kind_of(names)
         if kind is None:
             raise self._no_kind(data)
         if kind == "text":
@@ -157,6 +165,9 @@ class RowParser:
             messages = (Message("user", prompt), Message("assistant", self._string(data, "output")))
         return ChatRow(messages=messages, separator=separator, kind=kind, line=row.line, where=row.where)
 
+    def _kind_of(self, names: Collection[str]) -> str | None:
+        return next((kind for kind, keys in _KINDS if all(self._columns[key] in names for key in keys)), None)
+
     def _string(self, data: Mapping[str, Any], key: str, *, prefix: str = "", may_be_empty: bool = False) -> str:
         column = self._columns[key]
         value = data[column]
@@ -164,7 +175,7 @@ class RowParser:
             raise _Bad(f"must be a string, not {json_type(value)}", prefix + column)
         if not may_be_empty and not value.strip():
             raise _Bad("is empty", prefix + column, "delete the row, or give it text to learn")
-        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        if not value.isascii() and _HALF_PAIR.search(value):
             raise _Bad("holds half of a surrogate pair, which is no text", prefix + column, r"look for a lone \ud8..")
         return value
 

@@ -6,18 +6,24 @@ same few characters in every row. Where a token would reach over the
 border between prompt and answer (a prompt that ends in a space, an answer that begins with a line break) the row is
 tokenized in pieces, so that generation starts from exactly the tokens that were trained.
 The BOS token is put in front by id, once: never by the post-processor, which would double a template's own.
+Rows of one template shape are masked together, by their special tokens (``landmarks``); the first and the last such row
+of every chunk are masked by their characters too, and should they differ, all rows are from then on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import numpy as np
 import numpy.typing as npt
 
+from eulerforge.data.landmarks import Landmarks, SpecialPlaces, learn
 from eulerforge.data.read import BadRows
-from eulerforge.data.render import Rendered
+from eulerforge.data.render import WHOLE, Rendered
+from eulerforge.data.tokenized import RowChunk
 from eulerforge.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,7 +31,23 @@ if TYPE_CHECKING:
 
 _TAIL_TOKENS = 16
 _TAILS_KEPT = 4096
-Tokens = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]
+_MOST_MISSED = 0.2
+Borders = list[int | None]
+Ids = npt.NDArray[np.uint32]
+Tokens = tuple[Ids, npt.NDArray[np.uint8]]
+
+
+@attrs.frozen
+class Encoded:
+    """Encodings of rows; those of ``fast`` rows know no characters, and some of these are in ``checks`` with them.
+
+    ``borders`` are those of the other rows and of the checked ones.
+    """
+
+    encodings: list[Any]
+    fast: list[bool]
+    checks: dict[int, Any]
+    borders: dict[int, Borders]
 
 
 class RowTokenizer:
@@ -45,19 +67,122 @@ class RowTokenizer:
         self._bos = _bos_that_is_used(tokenizer, backend)
         self._anchor = tokenizer.eos_token or tokenizer.bos_token or ""
         self._special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._is_special = np.zeros(max(self._special, default=0) + 2, dtype=np.bool_)
+        self._is_special[list(self._special)] = True
+        self._landmarks: dict[int, Landmarks | None] = {}
         self._tails: dict[tuple[int, str], list[int]] = {}
 
-    def encode(self, rendered: Sequence[Rendered]) -> list[Any]:
-        """The rows' whole texts, encoded; the Rust code holds no lock, so another thread may work meanwhile."""
-        return list(self._encode([row.text for row in rendered]))
+    def encode(self, rendered: Sequence[Rendered]) -> Encoded:
+        """The rows' whole texts, encoded; the Rust code holds no lock, so another thread may work meanwhile.
 
-    def rows(self, rendered: Sequence[Rendered], encoded: Sequence[Any], bad: BadRows) -> list[Tokens | None]:
+        Without characters where the row's shape is known.
+        """
+        fast = [row.shape == WHOLE or self._landmarks.get(row.shape) is not None for row in rendered]
+        by_shape = [place for place, known in enumerate(fast) if known]
+        checked = sorted({*by_shape[:1], *by_shape[-1:]})
+        slow = [place for place, known in enumerate(fast) if not known]
+        whole = self._encode([rendered[place].text for place in [*slow, *checked]])
+        found = dict(zip(slow, whole, strict=False))
+        texts = [rendered[place].text for place in by_shape]
+        found |= zip(by_shape, self._backend.encode_batch_fast(texts, add_special_tokens=False), strict=True)
+        checks = dict(zip(checked, whole[len(slow) :], strict=True))
+        places = [*slow, *checked]
+        borders = dict(zip(places, self._borders([rendered[place] for place in places], whole), strict=True))
+        return Encoded([found[place] for place in range(len(fast))], fast, checks, borders)
+
+    def block(self, rendered: Sequence[Rendered], encoded: Encoded, bad: BadRows) -> RowChunk:
+        """The rows' tokens and masks, one after another; a row that ``bad`` now names has none."""
+        lists = [encoding.ids for encoding in encoded.encodings]
+        if self._bos is not None:
+            lists = [self._with_bos(ids) for ids in lists]
+        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        tokens = np.fromiter(chain.from_iterable(lists), np.uint32, int(offsets[-1]))
+        labelled, missed = self._masked_by_shape(rendered, encoded.fast, tokens, offsets)
+        checked = list(encoded.checks)
+        checks = self.rows(
+            [rendered[place] for place in checked],
+            list(encoded.checks.values()),
+            BadRows(),
+            [encoded.borders[place] for place in checked],
+        )
+        for place, row in zip(encoded.checks, checks, strict=True):
+            part = slice(int(offsets[place]), int(offsets[place + 1]))
+            same = row is not None and np.array_equal(row[0], tokens[part]) and np.array_equal(row[1], labelled[part])
+            if not same and place not in missed:
+                self._landmarks = dict.fromkeys(self._landmarks)
+                missed = [place for place, known in enumerate(encoded.fast) if known]
+                break
+        slow = [place for place, known in enumerate(encoded.fast) if not known]
+        rows = self.rows(
+            [rendered[place] for place in slow],
+            [encoded.encodings[place] for place in slow],
+            bad,
+            [encoded.borders[place] for place in slow],
+        )
+        again = [rendered[place] for place in missed]
+        rows += self.rows(again, self._encode([row.text for row in again]), bad)
+        other: dict[int, Tokens] = {}
+        for place, row in zip([*slow, *missed], rows, strict=True):
+            ids, mask = row if row is not None else (tokens[:0], labelled[:0])
+            part = slice(int(offsets[place]), int(offsets[place + 1]))
+            if len(ids) == lengths[place]:
+                tokens[part], labelled[part] = ids, mask
+            else:
+                other[place] = (ids, mask)
+        if not other:
+            return RowChunk(tokens, labelled, lengths)
+        parts = [(tokens[start:end], labelled[start:end]) for start, end in pairwise(offsets.tolist())]
+        return RowChunk.of([other.get(place, part) for place, part in enumerate(parts)])
+
+    def _masked_by_shape(
+        self, rendered: Sequence[Rendered], fast: Sequence[bool], tokens: Ids, offsets: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.uint8], list[int]]:
+        """The mask of all rows whose shape is known, and the rows of these that are not as their shape says."""
+        borders = np.zeros(len(tokens) + 1, dtype=np.int8)
+        missed: list[int] = []
+        groups: dict[int, list[int]] = {}
+        for place, (row, known) in enumerate(zip(rendered, fast, strict=True)):
+            if known:
+                groups.setdefault(row.shape, []).append(place)
+        special: SpecialPlaces | None = None
+        for shape, group in groups.items():
+            rows = np.array(group, dtype=np.int64)
+            if shape == WHOLE:
+                spans = [np.stack([offsets[rows], offsets[rows + 1]], axis=1)]
+            else:
+                landmarks = self._landmarks[shape]
+                if landmarks is None:  # forgotten since the rows were encoded
+                    missed += group
+                    continue
+                special = special or SpecialPlaces.of(tokens, offsets, self._is_special)
+                found, spans = special.spans(landmarks, rows, offsets)
+                lost = rows[~found].tolist()
+                missed += lost
+                if len(lost) > _MOST_MISSED * len(group):
+                    self._landmarks[shape] = None  # looking costs more than it saves
+                spans = [span[found] for span in spans]
+            for span in spans:
+                np.add.at(borders, span[:, 0], 1)
+                np.add.at(borders, span[:, 1], -1)
+        labelled = np.cumsum(borders[:-1], dtype=np.int8).view(np.uint8)
+        labelled[offsets[:-1][np.diff(offsets) > 0]] = 0  # nothing stands before the first token
+        return labelled, missed
+
+    def rows(
+        self,
+        rendered: Sequence[Rendered],
+        encoded: Sequence[Any],
+        bad: BadRows,
+        borders: Sequence[Borders] | None = None,
+    ) -> list[Tokens | None]:
         """(ids uint32, labelled uint8) of each row; None for a row that ``bad`` now names.
 
-        ``encoded`` is what ``encode`` gave for the same rows.
+        ``encoded`` is what ``encode`` gave for the same rows, and ``borders`` too, where it did.
         """
         all_ids: list[list[int]] = [encoding.ids for encoding in encoded]
-        borders = self._borders(rendered, encoded, all_ids)
+        if borders is None:
+            borders = self._borders(rendered, encoded)
         results: list[Tokens | None] = []
         for row, encoding, ids, firsts in zip(rendered, encoded, all_ids, borders, strict=True):
             ranges = [
@@ -78,15 +203,22 @@ class RowTokenizer:
                     continue
                 ids, ranges = pieces
             results.append(self._masked(ids, ranges))
+            if row.shape > 0 and row.shape not in self._landmarks and None not in firsts:
+                self._learn(row.shape, ids, ranges)
         return results
 
-    def _borders(
-        self, rendered: Sequence[Rendered], encoded: Sequence[Any], all_ids: Sequence[list[int]]
-    ) -> list[list[int | None]]:
+    def _learn(self, shape: int, ids: list[int], ranges: Sequence[tuple[int, int]]) -> None:
+        full = self._with_bos(ids)
+        shift = len(full) - len(ids)
+        moved = [(first + shift, end + shift) for first, end in ranges]
+        self._landmarks[shape] = learn(full, moved, self._special)
+
+    def _borders(self, rendered: Sequence[Rendered], encoded: Sequence[Any]) -> list[Borders]:
         """How many of a row's ids are the prompt before each of its spans; None where its tokens are not a prefix."""
-        found: list[list[int | None]] = []
+        found: list[Borders] = []
         open_places: list[tuple[int, int]] = []
-        for number, (row, encoding, ids) in enumerate(zip(rendered, encoded, all_ids, strict=True)):
+        for number, (row, encoding) in enumerate(zip(rendered, encoded, strict=True)):
+            ids = encoding.ids
             found.append([])
             for start, _ in row.spans:
                 known, border = self._border_behind_special(row.text, start, encoding, ids)
@@ -98,7 +230,7 @@ class RowTokenizer:
         alone = self._backend.encode_batch_fast(prompts, add_special_tokens=False) if prompts else ()
         for (number, span), encoding in zip(open_places, alone, strict=True):
             before = encoding.ids
-            found[number][span] = len(before) if all_ids[number][: len(before)] == before else None
+            found[number][span] = len(before) if encoded[number].ids[: len(before)] == before else None
         return found
 
     def _border_behind_special(self, text: str, start: int, encoding: Any, ids: list[int]) -> tuple[bool, int | None]:

@@ -41,7 +41,7 @@ class TokenizedRows:
     ) -> TokenizedRows:
         """Flat arrays out of (ids, labelled) pairs and their (file index, line)."""
         collected = MemoryRows()
-        collected.add(RowChunk([ids for ids, _ in rows], [mask for _, mask in rows], list(origins)))
+        collected.add(RowChunk.of(rows, origins))
         return collected.finish(files)
 
     def __len__(self) -> int:
@@ -111,27 +111,46 @@ class TokenizedRows:
         return attrs.evolve(self, picked=picked if self.picked is None else self.picked[picked])
 
 
-@attrs.define
+@attrs.frozen(eq=False)
 class RowChunk:
-    """Rows on their way into the arrays: ids and masks of each, and where each came from."""
+    """N rows on their way into the arrays: tokens and labelled (T,) one after another, lengths (N,), origins (N, 2)."""
 
-    ids: list[npt.NDArray[np.uint32]] = attrs.field(factory=list)
-    labelled: list[npt.NDArray[np.uint8]] = attrs.field(factory=list)
-    origins: list[tuple[int, int]] = attrs.field(factory=list)
+    tokens: npt.NDArray[np.uint32]
+    labelled: npt.NDArray[np.uint8]
+    lengths: npt.NDArray[np.int64]
+    origins: npt.NDArray[np.int64] = attrs.field(factory=lambda: np.zeros((0, 2), np.int64))
 
-    def add(self, ids: npt.NDArray[np.uint32], labelled: npt.NDArray[np.uint8], origin: tuple[int, int]) -> None:
-        self.ids.append(ids)
-        self.labelled.append(labelled)
-        self.origins.append(origin)
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]],
+        origins: npt.ArrayLike = (),
+    ) -> RowChunk:
+        """A chunk of (ids, labelled) pairs."""
+        return cls(
+            np.concatenate([*(ids for ids, _ in rows), np.zeros(0, np.uint32)], dtype=np.uint32),
+            np.concatenate([*(mask for _, mask in rows), np.zeros(0, np.uint8)], dtype=np.uint8),
+            np.fromiter((len(ids) for ids, _ in rows), np.int64, len(rows)),
+            np.array(origins, dtype=np.int64).reshape(-1, 2),
+        )
+
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Where each row begins, (N,)."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def select(self, rows: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]) -> RowChunk:
+        """Those of the rows (N,) that are wanted, each with its first ``lengths`` (N,) tokens."""
+        origins = self.origins[rows] if len(self.origins) else self.origins
+        lengths = np.where(rows, lengths, 0)
+        if np.array_equal(lengths, self.lengths):
+            return RowChunk(self.tokens, self.labelled, self.lengths[rows], origins)
+        places = np.arange(len(self.tokens)) - np.repeat(self.starts(), self.lengths)
+        wanted = places < np.repeat(lengths, self.lengths)
+        return RowChunk(self.tokens[wanted], self.labelled[wanted], lengths[rows], origins)
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """The chunk as flat arrays; ``offsets`` holds the rows' lengths here."""
-        return {
-            "tokens": np.concatenate([*self.ids, np.zeros(0, np.uint32)], dtype=np.uint32),
-            "labelled": np.concatenate([*self.labelled, np.zeros(0, np.uint8)], dtype=np.uint8),
-            "offsets": np.array([len(ids) for ids in self.ids], dtype=np.int64),
-            "origins": np.array(self.origins, dtype=np.int64).reshape(-1, 2),
-        }
+        return {"tokens": self.tokens, "labelled": self.labelled, "offsets": self.lengths, "origins": self.origins}
 
 
 class MemoryRows:
@@ -144,7 +163,7 @@ class MemoryRows:
         self._parts.append(chunk.arrays())
 
     def finish(self, files: Sequence[str]) -> TokenizedRows:
-        parts = self._parts or [RowChunk().arrays()]
+        parts = self._parts or [RowChunk.of([]).arrays()]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS}
         joined["offsets"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(joined["offsets"])])
         return TokenizedRows(files=tuple(files), **joined)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from eulerforge.config.schema import DataConfig, ValidationConfig
@@ -177,6 +177,22 @@ def no_eos() -> PreTrainedTokenizerFast:
 def spaced() -> PreTrainedTokenizerFast:
     """Puts a space before the first word of a text."""
     return PreTrainedTokenizerFast(tokenizer_object=metaspace(), eos_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def spaced_chatml() -> PreTrainedTokenizerFast:
+    """The same with a chat template."""
+    return PreTrainedTokenizerFast(tokenizer_object=metaspace(), eos_token="<|im_end|>", chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def stripping() -> PreTrainedTokenizerFast:
+    """Special tokens that take the white space behind them along, as Phi-3's do."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens([AddedToken(text, rstrip=True, special=True) for text in ("<|im_end|>", "<bos>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<bos>", chat_template=CHATML
+    )
 
 
 @pytest.fixture(scope="session")

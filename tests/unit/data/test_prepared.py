@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eulerforge.data.prepared import NO_LABELS, TOO_LONG, build_dataset
+from eulerforge.data.cutting import NO_LABELS, TOO_LONG
+from eulerforge.data.prepared import build_dataset
 from eulerforge.data.render import render_prompt
 from eulerforge.errors import DataError
 

@@ -30,7 +30,7 @@ Train = Callable[..., tuple[list[int], list[int]]]
 def tokenized(tokenizer: PreTrainedTokenizerFast, rendered: list[Rendered], bad: BadRows) -> list[Tokens | None]:
     """Rendered rows as (ids, labelled)."""
     rows = RowTokenizer(tokenizer)
-    return rows.rows(rendered, rows.encode(rendered), bad)
+    return rows.rows(rendered, rows.encode(rendered).encodings, bad)
 
 
 @pytest.fixture
