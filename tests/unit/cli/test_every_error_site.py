@@ -6,15 +6,19 @@ What the sources cannot show, the whole suite does: ``tests/sitewatch.py`` sees 
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import errorsites
 import pytest
+import sitewatch
 from errorsites import ROOT, Site, argument, sites, texts
 from unreachedsites import UNREACHED
 
 from eulerforge import errors
+from eulerforge.cli.main import main
 from eulerforge.errors import EulerForgeError
 
 MAKERS = errorsites.error_classes() | {"Problem"}
@@ -123,6 +127,28 @@ def test_no_exempted_key_outlives_its_site() -> None:
 
 def test_every_unreached_site_has_its_reason() -> None:
     assert all(len(reason.split()) >= 4 for reason in UNREACHED.values())
+
+
+def test_the_watch_sees_who_made_an_error_and_fails_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for target in sitewatch.CLASSES:
+        module, _, name = target.partition(":")
+        kind = getattr(importlib.import_module(module), name)
+        monkeypatch.setattr(kind, "__init__", kind.__init__)  # put back afterwards
+    watch = sitewatch.Watch()
+    watch.install()
+    assert main(["frobnicate"]) == 2
+    reached = {site.key for site in sitewatch.expected() if watch.reached(site)}
+    assert reached == {
+        "eulerforge/cli/main.py::_dispatch::UsageError::there is no command {}",
+        "eulerforge/errors.py::EulerForgeError.__init__::Problem::message",
+    }
+    config = SimpleNamespace(stash={sitewatch.WATCH: watch})
+    session = SimpleNamespace(config=config, exitstatus=pytest.ExitCode.OK)
+    sitewatch.pytest_sessionfinish(session, session.exitstatus)
+    assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
+    assert {site.key for site in config.stash[sitewatch.MISSED]} == (
+        {site.key for site in sitewatch.expected()} - reached - UNREACHED.keys()
+    )
 
 
 @pytest.mark.parametrize("name", sorted(errorsites.error_classes()))
