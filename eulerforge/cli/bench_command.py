@@ -45,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from eulerforge.cli.output import emit_json, say, tell
     from eulerforge.cli.plugin_options import registry_from
+    from eulerforge.training.kernelcache import bound_kernel_caches
 
     registry = registry_from(args)
+    bound_kernel_caches()
 
     from eulerforge.evaluation.bench import BenchRequest, run_bench
 

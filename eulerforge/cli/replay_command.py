@@ -35,6 +35,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from eulerforge.cli.output import emit_json, say, tell
     from eulerforge.cli.plugin_options import registry_from
+    from eulerforge.training.kernelcache import bound_kernel_caches
+
+    bound_kernel_caches()
     from eulerforge.training.replay import replay
 
     report = replay(args.run, registry_from(args), steps=args.steps, start=args.start, say=say)

@@ -20,6 +20,7 @@ from eulerforge.cli.plugin_options import registry_from
 from eulerforge.cli.streams import unbreakable_output
 from eulerforge.cli.train_config import add_config_options, load_from_args, validate
 from eulerforge.errors import ConfigError, UsageError, as_stopped
+from eulerforge.training.kernelcache import bound_kernel_caches
 
 if TYPE_CHECKING:
     from eulerforge.config import LoadedConfig
@@ -180,5 +181,6 @@ def _resume_command() -> str:
 
 def _quiet_libraries() -> None:
     """The libraries' own bars and telemetry would interleave with ours; set before they are imported."""
+    bound_kernel_caches()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -30,6 +30,8 @@ JSON_FILES = (
 HINT = "get the base model again"
 MAX_HEADER = 100 << 20
 """Bytes; safetensors itself takes no longer one."""
+PIECE_NUMBERS = 1 << 22
+"""Numbers of a weight that are looked at together."""
 _SOUND: set[tuple[object, ...]] = set()
 """Files that were found sound, with the state that they were found in: a start looks at one folder several times."""
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
@@ -88,10 +90,18 @@ def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """A sum is finite only if all of its parts are, and needs no room; where it overflows, every part is looked at."""
+    """A sum is finite only if all of its parts are; where it overflows, every part is looked at.
+
+    Piece by piece, because the sum of a bf16 tensor is taken of its fp32 copy: of a large embedding that is twice its
+    size, and the most that loading a model needs.
+    """
     with torch.no_grad():
-        total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-        return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        rows = max(1, PIECE_NUMBERS * len(tensor) // tensor.numel()) if tensor.ndim else 1
+        for piece in tensor.split(rows) if tensor.ndim else (tensor,):
+            if not torch.isfinite(piece.sum(dtype=dtype)) and not torch.isfinite(piece).all():
+                return False
+        return True
 
 
 def refuse_ids_beyond(rows: int, tokenizer: Any, *, highest: int | None, name: str) -> str | None:

@@ -7,9 +7,7 @@ nothing anyway: nothing there wants a gradient, so autograd never sees them.
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -18,6 +16,7 @@ from torch import nn
 
 from eulerforge.errors import UsageError
 from eulerforge.models.sizes import gib
+from eulerforge.training.limits import free_bytes
 from eulerforge.training.memory import KeptForBackward
 
 OFFLOADED_BYTES = 1 << 20
@@ -125,18 +124,6 @@ def measured_every(model: Any, positions: int, trained_bytes: int, device: torch
         every, f"every {every}th layer is computed again"
     )
     return every, f"activations of a micro-batch: {gib(kept)}, room for {gib(room)}: {what}"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a process may still take, as the driver or the kernel says."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        facts = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
-        return int(facts["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 class Offload:

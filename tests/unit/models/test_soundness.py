@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import save_tiny
 
 from eulerforge.errors import ModelError
@@ -74,3 +75,26 @@ def test_the_hash_of_a_gguf_file_follows_its_content(tmp_path: Path, monkeypatch
     path.write_bytes(b"two")
     os.utime(path, ns=(1, 1))
     assert gguf._digest(path, gguf.file_state(path)) != first
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1000, 70), (5, 40, 40)])
+def test_one_number_that_is_not_finite_is_found_in_any_piece(monkeypatch: pytest.MonkeyPatch, shape: tuple) -> None:
+    monkeypatch.setattr(soundness, "PIECE_NUMBERS", 1000)
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.full(shape, 1e38))})
+    soundness.refuse_not_finite(model, "big numbers, whose sum overflows")
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with torch.no_grad():
+            model["w"].reshape(-1)[-1:] = value
+        with pytest.raises(ModelError, match="hold NaN or infinity, w first"):
+            soundness.refuse_not_finite(model, "broken")
+
+
+def test_looking_at_a_large_bf16_weight_takes_no_copy_of_it() -> None:
+    from eulerforge.training.memory import peak_bytes
+
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(100_000, 600, dtype=torch.bfloat16))})
+    model["w"].data.fill_(1.0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = peak_bytes(torch.device("cpu"))
+    soundness.refuse_not_finite(model, "large")
+    assert peak_bytes(torch.device("cpu")) - before < 60 << 20  # its fp32 copy would be 240 MB

@@ -1,0 +1,81 @@
+"""How much memory this process may still take: what the machine has free, and what its container allows.
+
+Notable: a container's limit counts the cache of read files too, which the kernel gives up before it kills anything, so
+that part is not subtracted.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+UNLIMITED = 1 << 60
+"""What the first version of control groups says for no limit is a number about as large as this."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that may still be taken: as the driver says on CUDA, elsewhere the least of machine and container."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    found = [machine_free(Path("/proc/meminfo"))]
+    left = container_left(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    return min(found + ([left] if left is not None else []))
+
+
+def machine_free(meminfo: Path) -> int:
+    """MemAvailable, or half of the memory where the system does not say."""
+    if meminfo.exists():
+        facts = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines() if ":" in line)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def container_left(root: Path, membership: Path) -> int | None:
+    """What the control groups of this process, and those above them, leave of their limits; None without a limit."""
+    if not membership.exists():
+        return None
+    left = []
+    for line in membership.read_text(encoding="utf-8").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "memory" if controllers else root
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        inner = top / group.lstrip("/")
+        # inside a container the group's own path may not exist: its files lie at the top
+        for folder in [inner, *inner.parents]:
+            if folder == top.parent:
+                break
+            limit, used = _number(folder / names[0]), _number(folder / names[1])
+            if limit is not None and used is not None and limit < UNLIMITED:
+                left.append(max(0, limit - used + _file_cache(folder)))
+    return min(left, default=None)
+
+
+def resident_bytes() -> int | None:
+    """What this process holds now; None where the system does not say."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return None
+    return int(statm.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _file_cache(folder: Path) -> int:
+    """Bytes of files that the group has in its cache and has not used lately."""
+    try:
+        text = (folder / "memory.stat").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    facts = dict(line.split(None, 1) for line in text.splitlines() if " " in line)
+    return int(facts.get("inactive_file", facts.get("total_inactive_file", "0")))
