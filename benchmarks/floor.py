@@ -1,0 +1,107 @@
+"""How far a step is from the limit: the FLOP that nobody can save, over the products that this machine can do.
+
+FLOP of a token = 4 N_body + 6 N_lora + 4 V h (share of label tokens) + 3.5 (attention, forward): frozen weights need
+two products, adapters three, and the head only for labels. The peak is measured twice, before and after the training
+and in the same way: the largest rate of a large square product, and the rate over this model's own products, weighted
+by their FLOP. Speed is the steps after the first of the real command (``ours_run.py``), in CPU seconds of one thread.
+
+    python benchmarks/floor.py --steps 8
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import side_by_side
+
+ROWS = 1666
+"""Rows of a product: the tokens of a mean step of eight mixed rows."""
+
+
+def products(config: Any, rank: int) -> list[tuple[int, int, int]]:
+    """(in, out, how many of them in the model) of the linear layers, the adapters' columns included."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    layers = config.num_hidden_layers
+    return [
+        (hidden + rank, q, layers), (hidden, kv, layers), (hidden + rank, kv, layers), (q, hidden, layers),
+        (hidden + rank, mlp, 2 * layers), (mlp + rank, hidden, layers),
+    ]  # fmt: skip
+
+
+def peaks(config: Any, rank: int, dtype: str) -> dict[str, float]:
+    """GFLOP/s of one thread, the best of 12 of each product; runs in a process of its own."""
+    import time
+
+    import torch
+
+    torch.set_num_threads(1)
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+
+    def seconds(rows: int, inputs: int, outputs: int) -> float:
+        x, weight = torch.randn(rows, inputs).to(precision), torch.randn(outputs, inputs).to(precision)
+        out, best = torch.empty(rows, outputs, dtype=precision), float("inf")
+        for _ in range(12):
+            began = time.process_time()
+            torch.mm(x, weight.T, out=out)
+            best = min(best, time.process_time() - began)
+        return best
+
+    own = [(into * out * count, count * seconds(ROWS, into, out)) for into, out, count in products(config, rank)]
+    square = 2 * 2048**3 / seconds(2048, 2048, 2048)
+    return {"square": square / 1e9, "own": 2 * ROWS * sum(n for n, _ in own) / sum(s for _, s in own) / 1e9}
+
+
+def flop_per_token(config: Any, rank: int, rows: list[dict[str, list[int]]]) -> float:
+    hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    plain = products(config, 0)
+    body = sum(into * out * count for into, out, count in plain)
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    lora = rank * layers * ((hidden + q) + (hidden + kv) + 3 * (hidden + mlp))
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    labels = sum(label != -100 for row in rows for label in row["labels"][1:])
+    # causal: half of T x T, for scores and for values
+    attention = sum(2 * q * len(row["input_ids"]) ** 2 for row in rows) * layers / tokens
+    return 4 * body + 6 * lora + 4 * config.vocab_size * hidden * labels / tokens + 3.5 * attention
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--peaks"]:
+        from transformers import AutoConfig
+
+        print(json.dumps(peaks(AutoConfig.from_pretrained(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))
+        return
+    from rows import read_jsonl
+    from transformers import AutoConfig
+
+    args = side_by_side.arguments()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = side_by_side.base_model(args, folder)
+        side_by_side.prepare(args, model, folder)
+        config = AutoConfig.from_pretrained(model)
+        command = [sys.executable, __file__, "--peaks", str(model), str(args.rank), args.dtype]
+        measured, speeds = [], []
+        for number in range(args.rounds + 1):
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            measured.append(json.loads(done.stdout.splitlines()[-1]))
+            if number < args.rounds:
+                speeds.append(side_by_side.run(side_by_side.OURS, args, model, folder)["tokens_per_s"])
+        flop = flop_per_token(config, args.rank, read_jsonl(folder / "rows.jsonl"))
+    best = max(speeds)
+    print(f"{flop / 1e6:.0f} MFLOP per token; ours, tokens per CPU second: {[round(speed, 1) for speed in speeds]}")
+    for kind, words in (("square", "a 2048 x 2048 x 2048 product"), ("own", "the model's own products")):
+        rate = max(one[kind] for one in measured)
+        floor = rate * 1e9 / flop
+        print(f"{words}: {rate:.0f} GFLOP/s, floor {floor:.0f} tokens/s, ours within {floor / best:.2f}x of it")
+
+
+if __name__ == "__main__":
+    main()
