@@ -48,6 +48,16 @@ def without_held_out(folder: Path) -> Path:
     return path
 
 
+def resident() -> dict[str, int]:
+    """Bytes in memory now: the process's own, and pages of files that the system may drop; empty where not Linux."""
+    if sys.platform != "linux":
+        return {}
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    sizes = dict(line.split(":") for line in status.splitlines())
+    names = {"anonymous": "RssAnon", "of_files": "RssFile"}
+    return {name: int(sizes[entry].split()[0]) * 1024 for name, entry in names.items()}
+
+
 def child(arguments: list[str], marks: Path) -> None:
     """Run the command in this process, and leave it after its first step; runs in a fresh process."""
     from eulerforge.cli.main import main as eulerforge
@@ -56,7 +66,12 @@ def child(arguments: list[str], marks: Path) -> None:
 
     def mark(name: str) -> None:
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        facts[name] = {"at": time.time(), "cpu": usage.ru_utime + usage.ru_stime, "rss": usage.ru_maxrss * 1024}
+        facts[name] = {
+            "at": time.time(),
+            "cpu": usage.ru_utime + usage.ru_stime,
+            "rss": usage.ru_maxrss * 1024,
+            **resident(),
+        }
 
     class Watch:
         """Wraps the two functions when their module has been imported, at the time that the command imports it."""
