@@ -4,7 +4,8 @@ Checked on the template: it puts one BOS before a conversation, and a header bef
 Checked on rows spread over the data: the prompt that inference renders is a token prefix of the training row and the
 training begins right behind it; the token that ends an answer is trained.
 Checked on every row, while it was tokenized (``findings``): special tokens out of place, answers that are cut.
-What is found is named after its usual cause: a double BOS, pad = eos, a missing generation marker, a cut answer.
+What is found is named after its usual cause: a double BOS, pad = eos, a missing generation marker, a lost answer, a cut
+answer.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _refuse_masked_stop(ids: np.ndarray[Any, Any], labelled: np.ndarray[Any, Any
 
 
 def _refuse_missing_marker(config: DataConfig, tokenizer: Any) -> None:
-    """A template that ignores add_generation_prompt, though its answers begin with a header."""
+    """A template that ignores add_generation_prompt, though its answers begin with a header, or leaves a turn out."""
     renderer = Renderer(config, tokenizer)
     if not renderer.uses_template:
         return
@@ -166,6 +167,13 @@ def _refuse_missing_marker(config: DataConfig, tokenizer: Any) -> None:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # noqa: BLE001 - a template may raise anything; its rows say what is wrong, one by one
         return
+    for what, content in (("question", _QUESTION), ("answer", _ANSWER)):
+        if content not in text:
+            raise DataError(
+                f"lost {what}: the chat template does not write what the {turns[what == 'answer']['role']} says",
+                key="data.template",
+                hint="mend the chat template (it may know the role by another name), or --set data.template=none",
+            )
     header, found, _ = text.removeprefix(asked).partition(_ANSWER)
     if asked == plain and text.startswith(asked) and found and header.strip():
         raise DataError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,11 @@ class _Preparation:
         self._tokenizer = tokenizer
         self._row_tokenizer = RowTokenizer(tokenizer)
         self._renderer = Renderer(config, tokenizer)
+        if self._renderer.writes_the_day and config.format != "processed":
+            self.notes.append(
+                "the chat template writes today's date into every row: tomorrow these are other rows, which --resume"
+                " refuses as changed data; a template without strftime_now gives the same rows every day"
+            )
         self._processed = config.format == "processed"
         self._parser = RowParser(config.schema, processed=self._processed, vocabulary=len(tokenizer))
         self._tokenizer_hash = tokenizer_sha256(tokenizer) if config.cache else ""
@@ -153,6 +159,7 @@ class _Preparation:
                 "max_length": config.max_length,
                 "on_long": config.on_long,
                 "max_rows": max_rows,
+                **({"day": str(date.today())} if self._renderer.writes_the_day else {}),
             }
         )
         return CacheEntry(folder=self._cache, key=key)

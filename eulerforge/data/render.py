@@ -50,7 +50,10 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows by the preset's template choice. Raises DataError when the choice cannot be met."""
+    """Renders rows by the preset's template choice. Raises DataError when the choice cannot be met.
+
+    ``writes_the_day`` says that the template asks for today's date, so that rows of another day are other rows.
+    """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -61,6 +64,7 @@ class Renderer:
                 "the tokenizer has no chat template", key="data.template", hint="--set data.template=auto or none"
             )
         self.uses_template = has_template and config.template != "none"
+        self.writes_the_day = self.uses_template and "strftime_now" in str(tokenizer.chat_template)
         self._eos = tokenizer.eos_token or ""
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._closers = tuple(special | {token for token in tokenizer.all_special_tokens if token})

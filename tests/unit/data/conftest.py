@@ -211,6 +211,12 @@ def with_template() -> Callable[[str], PreTrainedTokenizerFast]:
 
 
 @pytest.fixture(scope="session")
+def byte_level_json() -> str:
+    """The byte-level tokenizer, to be made anew and given tokens of one's own."""
+    return byte_level().to_str()
+
+
+@pytest.fixture(scope="session")
 def data_config() -> Callable[..., Any]:
     """A data section with defaults, the cache off."""
     return make_config

@@ -215,3 +215,12 @@ def test_the_receipt_holds_the_measures(make_run: MakeRun, tmp_path: Path) -> No
     assert audit["forced"] == []
     assert {layer["dtype"] for layer in audit["layers"]} == {"fp32"}
     assert write_merged(run, tmp_path / "unread", verify=False).audit.logits is None
+
+
+def test_the_limit_of_an_exploding_layer_parts_what_learnt_from_what_diverged() -> None:
+    """The largest update that was measured of each (docs/howto/resume_merge_export.md)."""
+    largest = {0.0034: False, 0.024: False, 0.36: False, 6.3: True, 121.0: True}
+    for ratio, exploding in largest.items():
+        layer = LayerAudit(name="w", delta_norm=ratio, base_norm=1.0, largest_ratio=ratio)
+        assert layer.exploding is exploding
+        assert (layer.problem() is not None) is exploding
