@@ -122,8 +122,9 @@ def _preflight(args: argparse.Namespace, loaded: LoadedConfig, registry: Registr
         from eulerforge.training.memory import out_of_memory_advice
         from eulerforge.training.preflight import preflight, preflight_lines
 
+    out = Path(str(loaded.run.output_dir))
     with out_of_memory_advice(loaded.run), contextlib.redirect_stdout(sys.stderr):  # whatever a plugin's layers print
-        made = assemble(loaded.run, registry, out=Path(str(loaded.run.output_dir)), need_data=False, say=say)
+        made = assemble(loaded.run, registry, out=out, need_data=False, estimates=True, say=say)
         result = preflight(made)
     names = trainable_lines(made.model, made.phases) if args.debug_trainable_names else []
     if args.json:

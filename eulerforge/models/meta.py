@@ -17,8 +17,10 @@ from eulerforge.models.soundness import check_folder
 from eulerforge.models.source import no_config, resolve_source
 
 
-def meta_model(run: RunConfig) -> Any:
+def meta_model(run: RunConfig, dtype: torch.dtype | None = None) -> Any:
     """The run's model on the meta device: every module with its shapes, no memory, in eval mode.
+
+    ``dtype`` None is the precision of transformers' own choice, which is not the run's.
 
     Of a hub id only config.json is fetched.
     A GGUF file is converted first, because reading the header of one takes as long as converting a small one.
@@ -36,7 +38,8 @@ def meta_model(run: RunConfig) -> Any:
         config = AutoConfig.from_pretrained(location, revision=run.model.revision, trust_remote_code=trust)
         # the meta device draws no numbers, but a class with code of its own may
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust).eval()
+            chosen = {} if dtype is None else {"dtype": dtype}
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **chosen).eval()
     except Exception as error:
         first = first_line(error)
         if isinstance(error, OSError) and isinstance(location, str):
@@ -50,6 +53,15 @@ def meta_model(run: RunConfig) -> Any:
             key="model_name",
             hint="--debug shows the whole error; a model with code of its own needs model.trust_remote_code = true",
         ) from error
+
+
+def stored_dtype(folder: Path, *, trust_remote_code: bool) -> torch.dtype:
+    """The precision of the weights in a model's folder, as its config.json says; fp32 where it says nothing."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _config_location(run: RunConfig) -> str | Path:

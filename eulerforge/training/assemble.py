@@ -17,21 +17,22 @@ from eulerforge.data.batches import pad_id
 from eulerforge.data.packing import Layout, Lines, token_budget
 from eulerforge.data.parity import Parity, check_parity
 from eulerforge.data.prepared import Datasets, build_dataset
-from eulerforge.errors import PluginError, UsageError
-from eulerforge.lora.apply import Injected
+from eulerforge.errors import UsageError
 from eulerforge.models.device import pick_device
-from eulerforge.models.load import load_model, load_tokenizer, model_types
+from eulerforge.models.load import load_model, load_tokenizer
 from eulerforge.models.sizes import gib
 from eulerforge.models.soundness import refuse_ids_beyond
 from eulerforge.models.source import BaseSource, resolve_source
 from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
-from eulerforge.training.isolation import Isolation, isolate, prove
+from eulerforge.training.estimated import Estimated, from_config, from_model
+from eulerforge.training.isolation import Isolation
+from eulerforge.training.layouts import plan_layout
 from eulerforge.training.memory import refuse_beyond_memory
 from eulerforge.training.norms import Norms, quicken_norms
-from eulerforge.training.phases import PhasePlan, enter_phase
+from eulerforge.training.phases import PhasePlan
 from eulerforge.training.prefix import FrozenPrefix, first_trained_layer
-from eulerforge.training.recompute import Kept, every_of, measured_every, recompute_layers
+from eulerforge.training.recompute import Kept, every_of, recompute_layers
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -63,6 +64,7 @@ class Run:
     norms: Norms
     kept: Kept
     prefix: FrozenPrefix | None = None
+    estimated: Estimated | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -108,12 +110,14 @@ def assemble(
     *,
     out: Path,
     need_data: bool = True,
+    estimates: bool = False,
     found: Callable[[BaseSource], None] = lambda source: None,
     say: Say = lambda text: None,
 ) -> Run:
     """Read the data, load the model, inject, resolve the phases: what is cheap to check comes first.
 
-    ``found`` is called once the base's folder is known, before anything of it is loaded.
+    ``found`` is called once the base's folder is known, before anything of it is loaded. With ``estimates`` the run
+    says what memory it will take before it is loaded, and knows it afterwards.
 
     Raises:
         EulerForgeError: the first thing that is wrong, as the part that found it says it.
@@ -139,6 +143,10 @@ def assemble(
             say(line)
         parity = check_parity(datasets, config.data, tokenizer)
         say(parity.line())
+    wanted = estimates or config.training.gradient_checkpointing == "auto"
+    estimated = from_config(config, registry, source.folder, datasets, device) if wanted else None
+    if estimated is not None:
+        say(estimated.line())
     loaded = load_model(config, device=device, tokenizer=tokenizer, source=source, say=say)
     injected, groups, phases = inject_and_plan(config, registry, loaded.model)
     warnings = [*injected.warnings, *phases.warnings, *(parity.warnings if parity is not None else ())]
@@ -150,13 +158,15 @@ def assemble(
         warnings.append("model.trust_remote_code is on: Python code that comes with the model has run in this process")
     if loaded.dtype == torch.float16:
         warnings.append("fp16 gradients can underflow in the base; bf16 or fp32 are safer (model.load_precision.mode)")
-    layout, isolation = _layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)
+    layout, isolation = plan_layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)
     say(isolation.line(layout.packing))
     norms = quicken_norms(loaded.model)
     say(norms.line())
     layers = list(injected.adapter.find_transformer_layers(loaded.model))
     prefix = _prefix(loaded.model, phases, datasets, say) if config.training.cache_frozen_prefix else None
-    kept = _kept(config, loaded.model, layers, layout, phases, device, say)
+    if wanted and estimated is None:
+        estimated = from_model(config, loaded.model, layers, phases, layout, source.folder, datasets, device)
+    kept = _kept(config, loaded.model, layers, estimated, device, say)
     if config.training.compile:
         warnings += compile_layers(layers, device)
     return Run(
@@ -177,45 +187,9 @@ def assemble(
         norms=norms,
         kept=kept,
         prefix=prefix,
+        estimated=estimated,
         warnings=tuple(warnings),
     )
-
-
-def _layout(
-    config: RunConfig, registry: Registry, model: Any, injected: Injected, filler: int, device: torch.device
-) -> tuple[Layout, Isolation]:
-    """How rows become micro-batches: packed if that is asked for and the model can, which is then proven."""
-    isolation, by_length = Isolation(), False
-    if config.data.packing != "off":
-        isolation = _isolation(config, registry, model, injected)
-        if isolation.possible:
-            isolation = attrs.evolve(isolation, leak=prove(model))
-            by_length = isolation.pads
-    layout = Layout(
-        packing=config.data.packing if isolation.possible else "off",
-        batch_size=config.training.batch_size,
-        max_length=config.data.max_length,
-        token_budget=token_budget(config, device),
-        pad_id=filler,
-        by_length=by_length,
-    )
-    return layout, isolation
-
-
-def _isolation(config: RunConfig, registry: Registry, model: Any, injected: Injected) -> Isolation:
-    spec, adapter, types = injected.backbone, injected.adapter, model_types(model.config)
-    partly = f"backbone {spec.name} knows this model in part"
-    if not any(kind in spec.model_types for kind in types):
-        # the backbone reaches a part of the model; only the one that knows all of it can say what mixes tokens
-        covering = next((found for kind in types if len(found := registry.backbones_for(kind)) == 1), None)
-        if covering is None:
-            return Isolation(reason=f"{partly}, and none is installed that knows all of it")
-        spec = covering[0]
-        try:
-            adapter = registry.create(spec)
-        except PluginError as error:
-            return Isolation(reason=f"{partly}, and {spec.name} is broken: {error}")
-    return isolate(model, spec, adapter, keep_attention=config.model.attn_implementation != "auto")
 
 
 def _prefix(model: Any, phases: PhasePlan, datasets: Datasets | None, say: Say) -> FrozenPrefix | None:
@@ -231,13 +205,7 @@ def _prefix(model: Any, phases: PhasePlan, datasets: Datasets | None, say: Say) 
 
 
 def _kept(
-    config: RunConfig,
-    model: Any,
-    layers: list[Any],
-    layout: Layout,
-    phases: PhasePlan,
-    device: torch.device,
-    say: Say,
+    config: RunConfig, model: Any, layers: list[Any], estimated: Estimated | None, device: torch.device, say: Say
 ) -> Kept:
     """Which layers are computed again, and whether activations leave the GPU."""
     training = config.training
@@ -249,12 +217,9 @@ def _kept(
         )
     every = every_of(training.gradient_checkpointing)
     if every is None:
-        enter_phase(model, phases, phases.at(0))
-        trained = set(phases.trained_names)
-        size = sum(tensor.numel() * 4 for name, tensor in model.named_parameters() if name in trained)
-        positions = layout.most_positions(training.batch_size * training.grad_accum_steps)
-        every, line = measured_every(model, positions, size, device)
-        say(line)
+        assert estimated is not None  # noqa: S101 - auto always asks for it
+        every = estimated.every
+        say(estimated.choice())
     recompute_layers(model, layers, every)
     return Kept(every=every, offload=training.offload_activations)
 

@@ -105,21 +105,6 @@ def refuse_beyond_memory(parameters: int, device: torch.device) -> None:
         )
 
 
-def fixed_bytes(model: nn.Module, trained: set[str]) -> dict[str, int]:
-    """Bytes that a run holds all the time; ``trained`` names every parameter that ever trains.
-
-    Gradients are fp32 like the parameters; AdamW keeps two more numbers of the same size.
-    """
-    sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in model.named_parameters()}
-    training = sum(size for name, size in sizes.items() if name in trained)
-    return {
-        "weights": sum(sizes.values()) - training,
-        "trained": training,
-        "gradients": training,
-        "optimizer": 2 * training,
-    }
-
-
 class KeptForBackward:
     """Counts the bytes that autograd keeps from the forward to the backward pass, parameters left out."""
 

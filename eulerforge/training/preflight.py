@@ -5,6 +5,7 @@ One forward and backward pass per phase proves that every trainable tensor gets 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ import torch
 from eulerforge.data.batches import Batch, BatchPlan
 from eulerforge.errors import RunError
 from eulerforge.models.quantized import parameter_count
-from eulerforge.models.sizes import gib
 from eulerforge.training.assemble import Run
+from eulerforge.training.estimate import estimate_lines
+from eulerforge.training.forecast import forecast, forecast_line
 from eulerforge.training.forward import label_token_loss
-from eulerforge.training.memory import KeptForBackward, fixed_bytes
 from eulerforge.training.optimizer import make_optimizer
 from eulerforge.training.phases import Phase, enter_phase
 
 SYNTHETIC_LENGTH = 32
+REPEATED_SECONDS = 10.0
 
 
 def preflight(run: Run) -> dict[str, Any]:
@@ -33,17 +35,16 @@ def preflight(run: Run) -> dict[str, Any]:
     batch, source = _probe_batch(run)
     run.model.train()
     probes = [_probe(run, phase, batch) for phase in run.phases.phases]
+    seconds = _seconds_again(run, batch, probes[-1]["seconds"])
     run.model.eval()
     parameters = dict(run.model.named_parameters())
     groups = {
         group: {"tensors": len(names), "parameters": sum(parameters[name].numel() for name in names)}
         for group, names in run.phases.groups.items()
     }
-    training = run.config.training
-    fixed = fixed_bytes(run.model, set(run.phases.trained_names))
-    per_token = max(probe["kept_bytes"] for probe in probes) / batch.input_ids.numel()
-    positions = run.layout.most_positions(training.batch_size * training.grad_accum_steps)
-    activations = int(per_token * positions)
+    assert run.estimated is not None  # noqa: S101 - preflight assembles with it
+    longest = run.config.data.max_length
+    tokens = run.estimated.largest_tokens
     return {
         "model": run.source.name,
         "backbone": run.backbone,
@@ -55,8 +56,12 @@ def preflight(run: Run) -> dict[str, Any]:
         "phases": [{"step": phase.step, "groups": list(phase.groups)} for phase in run.phases.phases],
         "injection": run.report.to_json(),
         "probe": {"batch": source, "loss": probes[0]["loss"], "tensors_with_gradient": len(run.phases.trained_names)},
-        "packing": {**run.isolation.to_json(run.layout.packing), "largest_micro_batch": positions},
-        "memory": {**fixed, "activations_estimate": activations, "total_estimate": sum(fixed.values()) + activations},
+        "packing": {**run.isolation.to_json(run.layout.packing), "largest_micro_batch": run.estimated.batch.tokens},
+        "memory": {
+            **run.estimated.found.to_json(),
+            "largest_batch": {"rows": tokens // longest, "tokens": tokens, "max_length": longest},
+        },
+        "forecast": forecast(run, batch, seconds),
         "warnings": list(run.warnings),
     }
 
@@ -70,7 +75,7 @@ def preflight_lines(result: dict[str, Any], run: Run) -> list[str]:
     for group, facts in result["groups"].items():
         lines.append(f"  {group:<20} {facts['tensors']:>5} tensors  {facts['parameters']:>14,} parameters")
     lines += [f"phase {phase}" for phase in run.phases.phases]
-    probe, memory = result["probe"], result["memory"]
+    probe = result["probe"]
     lines.append(
         f"one forward and backward on {probe['batch']}: loss {probe['loss']:.4f},"
         f" every one of {probe['tensors_with_gradient']} trainable tensors gets a gradient"
@@ -79,24 +84,18 @@ def preflight_lines(result: dict[str, Any], run: Run) -> list[str]:
     leak = result["packing"]["leak"]
     if leak is not None:
         lines.append(f"  isolation: replacing one document of a packed row moves the others' logits by {leak:.1e}")
-    lines.append("memory")
-    for name in ("weights", "trained", "gradients", "optimizer"):
-        lines.append(f"  {name:<12} {gib(memory[name]):>12}")
-    lines.append(
-        f"  activations  {gib(memory['activations_estimate']):>12}  (estimated, for a micro-batch of"
-        f" {result['packing']['largest_micro_batch']:,} tokens)"
-    )
-    lines.append(f"  total        {gib(memory['total_estimate']):>12}  (estimated)")
+    assert run.estimated is not None  # noqa: S101 - preflight assembles with it
+    lines += estimate_lines(run.estimated.found, run.estimated.largest_tokens, run.config)
+    lines.append(forecast_line(result["forecast"]))
     return lines + [f"warning: {warning}" for warning in result["warnings"]]
 
 
 def _probe(run: Run, phase: Phase, batch: Batch) -> dict[str, Any]:
     enter_phase(run.model, run.phases, phase)
     names = run.phases.names_of(phase)
-    kept = KeptForBackward(run.model)
     torch.manual_seed(run.config.seed)
-    with kept.hooks():
-        loss_sum, label_tokens = label_token_loss(run.model, batch)
+    began = time.perf_counter()
+    loss_sum, label_tokens = label_token_loss(run.model, batch)
     loss = loss_sum / label_tokens
     if not torch.isfinite(loss):
         raise RunError(
@@ -104,6 +103,7 @@ def _probe(run: Run, phase: Phase, batch: Batch) -> dict[str, Any]:
             hint="try model.load_precision.mode=fp32; if that changes nothing, the model's weights are damaged",
         )
     loss.backward()
+    seconds = _since(began, run.device)
     got = {name for name, parameter in run.model.named_parameters() if parameter.grad is not None}
     run.model.zero_grad(set_to_none=True)
     without = [name for name in names if name not in got]
@@ -112,7 +112,24 @@ def _probe(run: Run, phase: Phase, batch: Batch) -> dict[str, Any]:
             f"{len(without)} of {len(names)} trainable tensors get no gradient ({phase}), {without[0]} first",
             hint="the layer is not part of the model's forward pass, or a plugin's module cuts the gradient off",
         )
-    return {"loss": float(loss.detach()), "kept_bytes": kept.bytes}
+    return {"loss": float(loss.detach()), "seconds": seconds}
+
+
+def _since(began: float, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _seconds_again(run: Run, batch: Batch, first: float) -> float:
+    """Of a second pass, without what the libraries do once; a long first pass is not repeated."""
+    if first > REPEATED_SECONDS:
+        return first
+    began = time.perf_counter()
+    loss_sum, label_tokens = label_token_loss(run.model, batch)
+    (loss_sum / label_tokens).backward()
+    run.model.zero_grad(set_to_none=True)
+    return _since(began, run.device)
 
 
 def _probe_batch(run: Run) -> tuple[Batch, str]:

@@ -7,6 +7,7 @@ nothing anyway: nothing there wants a gradient, so autograd never sees them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,17 +16,13 @@ import torch
 from torch import nn
 
 from eulerforge.errors import UsageError
-from eulerforge.models.sizes import gib
-from eulerforge.training.limits import free_bytes
-from eulerforge.training.memory import KeptForBackward
 
 OFFLOADED_BYTES = 1 << 20
 """Smaller tensors are not worth the way."""
 SHARE_OF_FREE = 0.8
-"""``auto`` fills at most this much of the free memory with activations."""
+"""``auto`` fills at most this much of the memory that is free before the model is loaded."""
 EVERY = (8, 4, 2, 1)
 """What ``auto`` tries in turn when not all activations fit: every n-th layer computed again."""
-PROBE_TOKENS = 32
 SWITCH = "gradient_checkpointing"
 """The attribute of a transformers decoder layer that says whether it is computed again."""
 
@@ -83,47 +80,15 @@ def every_of(wanted: str) -> int | None:
     return named[wanted] if wanted in named else int(wanted.removeprefix("every_"))
 
 
-def choose_every(kept: int, of_inputs: int, room: float) -> int:
-    """The least recomputation with which activations fit into ``room`` bytes; 1 when nothing does.
-
-    Args:
-        kept: bytes of a micro-batch's activations without recomputation.
-        of_inputs: bytes of the layers' inputs, which stay.
-    """
-    if kept <= room:
-        return 0
-    return next((n for n in EVERY if kept * (1 - 1 / n) + of_inputs / n <= room), 1)
+def choose_every(fits: Callable[[int], bool]) -> int:
+    """The least recomputation with which a run fits: n of every n-th layer, 0 for none; 1 when nothing does."""
+    return next((n for n in (0, *EVERY) if fits(n)), 1)
 
 
-def _input_bytes_per_token(model: Any) -> int:
-    """Of all decoder layers together."""
-    config = model.config.get_text_config()
-    return int(config.num_hidden_layers * config.hidden_size * next(model.parameters()).element_size())
-
-
-def measured_every(model: Any, positions: int, trained_bytes: int, device: torch.device) -> tuple[int, str]:
-    """``auto``: what one small forward pass keeps, scaled to ``positions``, against the memory that is free.
-
-    Returns:
-        n, and a line that says how it was found.
-    """
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    ids = torch.arange(PROBE_TOKENS, device=device)[None] % vocabulary
-    counter, was_training = KeptForBackward(model), model.training
-    state = torch.get_rng_state()
-    with counter.hooks():
-        model.train()(input_ids=ids, use_cache=False, logits_to_keep=1)
-    model.train(was_training)
-    torch.set_rng_state(state)
-    kept = counter.bytes * positions // PROBE_TOKENS
-    inputs = _input_bytes_per_token(model) * positions
-    # gradients and two moments of what trains come on top of what is there now
-    room = max(0.0, SHARE_OF_FREE * (free_bytes(device) - 3 * trained_bytes))
-    every = choose_every(kept, inputs, room)
-    what = {0: "no layer is computed again", 1: "every layer is computed again"}.get(
-        every, f"every {every}th layer is computed again"
-    )
-    return every, f"activations of a micro-batch: {gib(kept)}, room for {gib(room)}: {what}"
+def in_words(every: int) -> str:
+    """n as a person reads it."""
+    named = {0: "no layer is computed again", 1: "every layer is computed again"}
+    return named.get(every, f"every {every}th layer is computed again")
 
 
 class Offload:

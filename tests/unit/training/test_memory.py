@@ -12,7 +12,7 @@ from torch import nn
 
 from eulerforge.errors import RunError
 from eulerforge.models.sizes import gib
-from eulerforge.training.memory import KeptForBackward, advice, fixed_bytes, out_of_memory_advice, peak_bytes
+from eulerforge.training.memory import KeptForBackward, advice, out_of_memory_advice, peak_bytes
 
 
 def test_gib() -> None:
@@ -75,12 +75,6 @@ def test_advice_names_only_what_can_still_be_changed(tmp_path: Path) -> None:
         model__load_precision__mode="int4",
     ).run  # fmt: skip
     assert advice(config) == "try, in this order, --set a smaller data.max_length (now 128)"
-
-
-def test_fixed_bytes_are_counted_by_hand() -> None:
-    model = nn.ModuleDict({"base": nn.Linear(10, 10, bias=False).to(torch.bfloat16), "adapter": nn.Linear(5, 2)})
-    sizes = fixed_bytes(model, {"adapter.weight", "adapter.bias"})
-    assert sizes == {"weights": 200, "trained": 48, "gradients": 48, "optimizer": 96}
 
 
 def test_what_autograd_keeps_is_counted_once_and_without_parameters() -> None:

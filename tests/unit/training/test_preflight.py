@@ -15,7 +15,7 @@ PHASES = [{"step": 0, "trainable": ["lora"]}, {"step": 2, "trainable": ["attn_lo
 
 
 def test_numbers_are_those_of_the_model(make_run: Callable[..., Any]) -> None:
-    run = make_run(training__phases=PHASES)
+    run = make_run(training__phases=PHASES, estimates=True)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     result = preflight(run)
     # 3 layers: gate and up (32 -> 48), down (48 -> 32), rank 4; q (32 -> 32) and v (32 -> 16)
@@ -31,10 +31,22 @@ def test_numbers_are_those_of_the_model(make_run: Callable[..., Any]) -> None:
     base = sum(tensor.numel() for name, tensor in before.items() if "lora_" not in name)
     assert result["parameters"] == base + lora + attention
     memory = result["memory"]
-    assert memory["weights"] == 4 * base
-    assert memory["trained"] == memory["gradients"] == 4 * (lora + attention)
+    # the file's pages, and each adapted weight once more beside r = 4 columns of B: gate and up, down, q, v
+    laid_out = 3 * (2 * 48 * (32 + 4) + 32 * (48 + 4) + 32 * (32 + 4) + 16 * (32 + 4))
+    assert memory["weights"] == 4 * (base + laid_out)
+    assert memory["adapters"] == 4 * (lora + attention)
     assert memory["optimizer"] == 8 * (lora + attention)
-    assert memory["total_estimate"] == sum(memory.values()) - memory["total_estimate"]
+    parts = ("base", "weights", "adapters", "gradients", "optimizer", "activations", "loss", "workspace", "heap")
+    assert memory["step"] == sum(memory[part] for part in parts)
+    assert memory["peak"] == max(memory["step"], memory["load"])
+    assert memory["fits"]
+    batch = memory["largest_batch"]
+    assert batch["tokens"] == batch["rows"] * batch["max_length"] > 0
+    assert result["forecast"]["steps"] == 4
+    assert result["forecast"]["tokens_per_s"] > 0
+    assert result["forecast"]["seconds"] == pytest.approx(
+        result["forecast"]["tokens"] / result["forecast"]["tokens_per_s"]
+    )
     after = run.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None for parameter in run.model.parameters())
@@ -43,11 +55,21 @@ def test_numbers_are_those_of_the_model(make_run: Callable[..., Any]) -> None:
 
 
 def test_a_person_reads_groups_coverage_and_memory(make_run: Callable[..., Any]) -> None:
-    run = make_run(training__phases=PHASES)
+    run = make_run(training__phases=PHASES, estimates=True)
     text = "\n".join(preflight_lines(preflight(run), run))
-    for part in ("18 tensors", "12 tensors", "phase from step 2: attn_lora", "ffn.gate", "3 of 3 layers", "MiB"):
+    for part in (
+        "18 tensors",
+        "12 tensors",
+        "phase from step 2: attn_lora",
+        "ffn.gate",
+        "3 of 3 layers",
+        "MiB",
+        "largest micro-batch",
+        "forecast: ",
+    ):
         assert part in text
-    assert "every one of 30 trainable tensors gets a gradient" in text
+    for part in ("every one of 30 trainable tensors gets a gradient", "largest micro-batch that fits", "forecast: "):
+        assert part in text
 
 
 def test_without_data_it_uses_made_up_tokens(make_run: Callable[..., Any], prepared: Any) -> None:
@@ -57,9 +79,10 @@ def test_without_data_it_uses_made_up_tokens(make_run: Callable[..., Any], prepa
     from eulerforge.training.assemble import assemble
 
     config = tinyrun.loaded(prepared, data__path=None).run
-    run = assemble(config, load_registry(), out=prepared / "none", need_data=False)
+    run = assemble(config, load_registry(), out=prepared / "none", need_data=False, estimates=True)
     result = preflight(run)
     assert "made-up tokens" in result["probe"]["batch"]
+    assert result["forecast"]["steps"] is None
     assert result["probe"]["loss"] == pytest.approx(torch.log(torch.tensor(128.0)).item(), rel=0.2)
 
 

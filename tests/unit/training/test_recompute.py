@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eulerforge.errors import ConfigError, UsageError
-from eulerforge.training import recompute
+from eulerforge.training import estimate, recompute
 from eulerforge.training.forward import label_token_loss
 from eulerforge.training.memory import KeptForBackward
 from eulerforge.training.phases import enter_phase
@@ -87,24 +87,28 @@ def test_true_and_false_are_still_taken_and_nonsense_is_not(make_run: Callable[.
     assert [every_of(word) for word in ("off", "all", "every_5", "auto")] == [0, 1, 5, None]
 
 
-@pytest.mark.parametrize(
-    ("room", "every"), [(1000, 0), (999, 8), (900, 8), (880, 4), (775, 4), (550, 2), (100, 1), (0, 1)]
-)
-def test_auto_takes_the_least_recomputation_that_fits(room: int, every: int) -> None:
-    assert choose_every(1000, 100, room) == every
+@pytest.mark.parametrize(("needed", "every"), [(0, 0), (8, 8), (4, 4), (2, 2), (1, 1), (None, 1)])
+def test_auto_takes_the_least_recomputation_that_fits(needed: int | None, every: int) -> None:
+    asked: list[int] = []
+
+    def fits(n: int) -> bool:
+        asked.append(n)
+        return n == needed
+
+    assert choose_every(fits) == every
+    assert asked == [0, 8, 4, 2, 1][: len(asked)]
 
 
-def test_auto_measures_the_model_and_says_what_it_chose(
+def test_auto_asks_the_estimate_and_says_what_it_chose(
     make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert make_run(training__gradient_checkpointing="auto").kept.every == 0
-    monkeypatch.setattr(recompute, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: 1)
     run = make_run(training__gradient_checkpointing="auto")
     assert run.kept.every == 1
     assert all(layer.gradient_checkpointing for layer in run.model.get_decoder().layers)
-    _, line = recompute.measured_every(run.model, 1000, 0, run.device)
-    assert "every layer is computed again" in line
-    assert "MiB" in line
+    assert "every layer is computed again" in run.estimated.choice()
+    assert run.estimated.line().startswith("warning: estimated from config.json: ")
     assert not run.model.training
 
 

@@ -1,0 +1,143 @@
+"""The memory that a run will take, from its configuration, its model's config.json and its rows: nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+from eulerforge.config.schema import RunConfig
+from eulerforge.data.packing import Layout
+from eulerforge.data.prepared import Datasets
+from eulerforge.data.tokenized import TokenizedRows
+from eulerforge.errors import EulerForgeError
+from eulerforge.models.device import base_dtype
+from eulerforge.models.meta import meta_model, stored_dtype
+from eulerforge.models.sizes import gib
+from eulerforge.training.coverage import inject_and_plan
+from eulerforge.training.estimate import Estimate, Estimator, largest_micro_batch
+from eulerforge.training.layouts import plan_layout
+from eulerforge.training.peak import MicroBatch
+from eulerforge.training.phases import PhasePlan, enter_phase
+from eulerforge.training.recompute import SHARE_OF_FREE, choose_every, every_of, in_words
+
+if TYPE_CHECKING:
+    from eulerforge.plugins import Registry
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class Estimated:
+    """The estimator of the phase that needs most, the largest micro-batch, and how many layers are computed again."""
+
+    estimator: Estimator
+    batch: MicroBatch
+    wanted: int | None
+
+    @cached_property
+    def every(self) -> int:
+        """As told, or what ``auto`` chooses."""
+        if self.wanted is not None:
+            return self.wanted
+
+        def fits(every: int) -> bool:
+            found = self.estimator.estimate(self.batch, every)
+            return found.step - found.base <= SHARE_OF_FREE * found.free
+
+        return choose_every(fits)
+
+    @cached_property
+    def found(self) -> Estimate:
+        return self.estimator.estimate(self.batch, self.every)
+
+    @cached_property
+    def largest_tokens(self) -> int:
+        """Of a micro-batch that fits, in rows of ``data.max_length``."""
+        return self.estimator.largest_batch(self.every, longest=self.estimator.config.data.max_length)
+
+    def line(self) -> str:
+        """What is said before the model is loaded."""
+        found = self.found
+        warning = "" if found.fits else "warning: "
+        return (
+            f"{warning}estimated from config.json: {gib(found.peak)} at the peak, for a micro-batch of"
+            f" {found.tokens:,} tokens; {gib(found.base + found.free)} can be had"
+        )
+
+    def choice(self) -> str:
+        """What ``auto`` chose, and why."""
+        found = self.found
+        return (
+            f"activations of a micro-batch: {gib(found.activations)}, room for"
+            f" {gib(SHARE_OF_FREE * found.free)}: {in_words(self.every)}"
+        )
+
+
+def from_config(
+    config: RunConfig, registry: Registry, folder: Path, datasets: Datasets | None, device: torch.device
+) -> Estimated | None:
+    """The estimate of a run whose model is in ``folder``; None where only the loaded model can tell."""
+    try:
+        model = meta_model(config, base_dtype(config.model.load_precision, device))
+        injected, _, phases = inject_and_plan(config, registry, model)
+    except EulerForgeError as error:
+        # a strategy that looks at values; what else is wrong was said by the rehearsal of the injection
+        if "meta tensor" not in str(error.__cause__):
+            raise
+        return None
+    layout, _ = plan_layout(config, registry, model, injected, 0, device, proven=False)
+    layers = list(injected.adapter.find_transformer_layers(model))
+    return _estimated(config, model, layers, phases, layout, folder, datasets, device, held=0)
+
+
+def from_model(
+    config: RunConfig,
+    model: Any,
+    layers: Sequence[Any],
+    phases: PhasePlan,
+    layout: Layout,
+    folder: Path,
+    datasets: Datasets | None,
+    device: torch.device,
+) -> Estimated:
+    """The estimate of a run whose model is loaded, injected and isolated."""
+    held = sum(p.untyped_storage().nbytes() for p in model.parameters()) if device.type == "cpu" else 0
+    return _estimated(config, model, layers, phases, layout, folder, datasets, device, held=held)
+
+
+def _estimated(
+    config: RunConfig,
+    model: Any,
+    layers: Sequence[Any],
+    phases: PhasePlan,
+    layout: Layout,
+    folder: Path,
+    datasets: Datasets | None,
+    device: torch.device,
+    *,
+    held: int,
+) -> Estimated:
+    rows: TokenizedRows | None = datasets.train if datasets is not None else None
+    batch = largest_micro_batch(config, layout, rows)
+    every = every_of(config.training.gradient_checkpointing)
+    made = []
+    for phase in {phase.groups: phase for phase in phases.phases}.values():
+        enter_phase(model, phases, phase)
+        made.append(
+            Estimator(
+                config,
+                model,
+                layers,
+                layout=layout,
+                device=device,
+                file_dtype=stored_dtype(folder, trust_remote_code=config.model.trust_remote_code),
+                ever_trained=phases.trained_names,
+                held=held,
+            )
+        )
+        made[-1].estimate(batch, every or 0)
+    most = max(made, key=lambda estimator: estimator.estimate(batch, every or 0).step)
+    return Estimated(estimator=most, batch=batch, wanted=every)

@@ -1,0 +1,71 @@
+"""How the rows of a run become micro-batches: packed if that is asked for and the model can, which is then proven."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+from eulerforge.config.schema import RunConfig
+from eulerforge.data.packing import Layout, token_budget
+from eulerforge.errors import PluginError
+from eulerforge.lora.apply import Injected
+from eulerforge.models.load import model_types
+from eulerforge.training.isolation import Isolation, isolate, prove
+
+if TYPE_CHECKING:
+    from eulerforge.plugins import Registry
+
+
+def plan_layout(
+    config: RunConfig,
+    registry: Registry,
+    model: Any,
+    injected: Injected,
+    filler: int,
+    device: torch.device,
+    *,
+    proven: bool = True,
+) -> tuple[Layout, Isolation]:
+    """The layout, and the isolation that is installed in the model.
+
+    Args:
+        filler: the id that fills lines up.
+        proven: whether the isolation is proven, for which the model needs its weights.
+
+    Raises:
+        RunError: a packed document sees another one.
+        PluginError: a backbone declares what its adapter cannot do.
+    """
+    isolation, by_length = Isolation(), False
+    if config.data.packing != "off":
+        isolation = _isolation(config, registry, model, injected)
+        if isolation.possible:
+            isolation = attrs.evolve(isolation, leak=prove(model)) if proven else isolation
+            by_length = isolation.pads
+    layout = Layout(
+        packing=config.data.packing if isolation.possible else "off",
+        batch_size=config.training.batch_size,
+        max_length=config.data.max_length,
+        token_budget=token_budget(config, device),
+        pad_id=filler,
+        by_length=by_length,
+    )
+    return layout, isolation
+
+
+def _isolation(config: RunConfig, registry: Registry, model: Any, injected: Injected) -> Isolation:
+    spec, adapter, types = injected.backbone, injected.adapter, model_types(model.config)
+    partly = f"backbone {spec.name} knows this model in part"
+    if not any(kind in spec.model_types for kind in types):
+        # the backbone reaches a part of the model; only the one that knows all of it can say what mixes tokens
+        covering = next((found for kind in types if len(found := registry.backbones_for(kind)) == 1), None)
+        if covering is None:
+            return Isolation(reason=f"{partly}, and none is installed that knows all of it")
+        spec = covering[0]
+        try:
+            adapter = registry.create(spec)
+        except PluginError as error:
+            return Isolation(reason=f"{partly}, and {spec.name} is broken: {error}")
+    return isolate(model, spec, adapter, keep_attention=config.model.attn_implementation != "auto")

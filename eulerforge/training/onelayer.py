@@ -1,0 +1,323 @@
+"""One decoder layer, forward and backward on a few tokens, and what memory it would take on many.
+
+Notable: the model needs no weights. All layers but one let the hidden states through, and that one gets zeros where it
+stands on the meta device: the operations, and so the blocks of memory, are those of the run, on the run's own device.
+Layers that are built alike are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from eulerforge.data.batches import Batch
+from eulerforge.data.packing import Segments
+from eulerforge.lora import room
+from eulerforge.lora.adapted import AdaptedModule
+from eulerforge.training.blocks import BlockRecord, Event, Size, Step, fitted
+from eulerforge.training.document_products import BLOCK
+from eulerforge.training.forward import hidden_states
+from eulerforge.training.norms import quicken_norms
+from eulerforge.training.recompute import SWITCH
+
+TOKENS = BLOCK // 2
+"""A layer is computed on this many tokens and on twice as many: no more than one block of attention."""
+CHUNK = 64
+"""As ``TOKENS``, of layers of linear attention: Gated DeltaNet's chunks are as long."""
+OWN = 1 << 30
+"""Numbers from here on are of blocks that sums were made into."""
+STATES, RESULT, GRADIENT, NEXT, _GIVEN, _ROOM = -1, -2, -3, -4, -5, -6
+"""Blocks that come from another layer or go to one: the hidden states and their gradient, as they come in and out."""
+
+
+@attrs.frozen(kw_only=True)
+class LayerBlocks:
+    """What a layer makes and frees, and what happens before it, after it, and in the gradient above it.
+
+    ``laid_out`` are the bytes of weights that the first pass copied to another place, ``grown`` by how much they grew;
+    ``rooms`` are those of ``lora/room.py``, which all layers share.
+    """
+
+    before: tuple[Step, ...]
+    forward: tuple[Step, ...]
+    after: tuple[Step, ...]
+    head: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    laid_out: int = 0
+    grown: int = 0
+    rooms: Mapping[Hashable, Size] = attrs.field(factory=dict)
+
+    def kept(self, tokens: int, square: int) -> int:
+        """Bytes between forward and backward, the hidden states that the layer was given and gives left out."""
+        made = {step.block: step.size for step in self.forward if step.size is not None and step.block >= 0}
+        freed = {step.block for step in self.forward if step.size is None}
+        return sum(size.at(tokens, square) for block, size in made.items() if block not in freed)
+
+
+def kind_of(layer: nn.Module, label: Hashable, *, takes_gradient: bool) -> Hashable:
+    """Layers of one kind make the same blocks: the same modules, shapes, precisions, and tensors that train."""
+    modules = tuple((name, type(module).__qualname__, module.extra_repr()) for name, module in layer.named_modules())
+    tensors = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    return label, takes_gradient, getattr(layer, SWITCH, False), modules, tensors
+
+
+def record_layer(
+    model: Any, index: int, *, device: torch.device, packed: bool, takes_gradient: bool, tokens: int = TOKENS
+) -> LayerBlocks:
+    """The blocks of decoder layer ``index`` of a model whose parameters may be on the meta device.
+
+    Args:
+        packed: rows are packed, and the model is isolated (``training/isolation.py``).
+        takes_gradient: whether the states that the layer is given want a gradient, as above the first trained layer.
+    """
+    decoder = model.get_decoder()
+    was_training, real = model.training, list(decoder.layers)
+    generator = torch.get_rng_state()
+    watched = _Watched(real[index], takes_gradient)
+    with _materialized(decoder, real[index], device):
+        try:
+            model.train()
+            for at, layer in enumerate(real):
+                decoder.layers[at] = watched if at == index else _Through(layer)
+            records = []
+            before = _storages(real[index])
+            # the first passes lay weights out anew and make what is made once
+            for count in (tokens, 2 * tokens, tokens, 2 * tokens):
+                with _fresh_rooms() as kept:
+                    records.append(_one_pass(model, watched, count, device, packed, kept))
+                for parameter in real[index].parameters():
+                    parameter.grad = None
+            after = _storages(real[index])
+            moved = [name for name, (place, _) in after.items() if place != before[name][0]]
+        finally:
+            for at, layer in enumerate(real):
+                decoder.layers[at] = layer
+            model.train(was_training)
+            torch.set_rng_state(generator)
+    laid_out = sum(after[name][1] for name in moved)
+    grown = laid_out - sum(before[name][1] for name in moved)
+    rooms = {name: Size.fitted(records[2].rooms.get(name, 0), size, tokens) for name, size in records[3].rooms.items()}
+    return attrs.evolve(_combined(records[2], records[3], tokens), laid_out=laid_out, grown=grown, rooms=rooms)
+
+
+def _storages(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Place and bytes of what each parameter lies in."""
+    return {
+        name: (parameter.untyped_storage().data_ptr(), parameter.untyped_storage().nbytes())
+        for name, parameter in layer.named_parameters()
+    }
+
+
+def _one_pass(
+    model: Any,
+    watched: _Watched,
+    tokens: int,
+    device: torch.device,
+    packed: bool,
+    rooms: dict[Hashable, torch.Tensor],
+) -> _Record:
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    batch = Batch(
+        input_ids=ids,
+        attention_mask=None,
+        labels=ids,
+        tokens=tokens,
+        label_tokens=tokens,
+        position_ids=torch.arange(tokens, device=device)[None] if packed else None,
+        segments=Segments(lengths=(tokens,), shape=(1, tokens), device=device) if packed else None,
+    )
+    known = [*model.parameters(), *model.buffers(), *watched.layer.parameters(), *watched.layer.buffers(), ids]
+    with BlockRecord(known, watched.record) as record:
+        watched.record, watched.named = record, {}
+        states = hidden_states(model, batch)
+        record.mark("loss")
+        if states.requires_grad:
+            states.backward(torch.ones_like(states))
+        del states
+        record.mark("end")
+        for made in rooms.values():
+            watched.named[record.block_of(made)] = _ROOM
+    sizes = {name: made.untyped_storage().nbytes() for name, made in rooms.items()}
+    return attrs.evolve(_Record.of(record, watched.named), rooms=sizes)
+
+
+@contextmanager
+def _fresh_rooms() -> Iterator[dict[Hashable, torch.Tensor]]:
+    """This thread's rooms, empty for a while: a room that is there already would not be seen."""
+    kept = room._KEPT.__dict__.get("rooms")
+    made: dict[Hashable, torch.Tensor] = {}
+    room._KEPT.__dict__["rooms"] = made
+    try:
+        yield made
+    finally:
+        room._KEPT.__dict__["rooms"] = kept if kept is not None else {}
+
+
+class _Through(nn.Module):
+    """Stands where a layer stood and gives what it is given; whatever else is asked of it is the layer's."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return states
+
+
+class _Watched(_Through):
+    """The layer itself, with marks where it begins and ends in both directions."""
+
+    record: BlockRecord | None
+    named: dict[int | None, int]
+
+    def __init__(self, layer: nn.Module, takes_gradient: bool) -> None:
+        super().__init__(layer)
+        self.__dict__["takes_gradient"], self.__dict__["record"] = takes_gradient, None
+
+    def forward(self, states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        record, named = self.record, self.named
+        assert record is not None  # noqa: S101 - set for each pass
+        # not a leaf, which autograd would hold on to: it is freed when the layer keeps it no more
+        own = states.detach() + torch.zeros((), dtype=states.dtype, device=states.device, requires_grad=True)
+        own = own if self.takes_gradient else own.detach()
+        # the copy is recorded in place of what was given
+        named[record.block_of(states)], named[record.block_of(own)] = _GIVEN, STATES
+        record.mark("in")
+        result = self.__dict__["layer"](own, *arguments, **keywords)
+        result = result if isinstance(result, torch.Tensor) else result[0]
+        if own.requires_grad:
+            own.register_hook(self._marking("end", NEXT))
+        del own, states
+        named[record.block_of(result)] = RESULT
+        record.mark("out")
+        if result.requires_grad:
+            result.register_hook(self._marking("back", GRADIENT))
+        return result
+
+    def _marking(self, mark: str, block: int) -> Callable[[torch.Tensor], None]:
+        record, named = self.record, self.named
+        assert record is not None  # noqa: S101 - set for each pass
+
+        def hook(gradient: torch.Tensor) -> None:
+            named[record.block_of(gradient)] = block
+            record.mark(mark)
+
+        return hook
+
+
+SPANS = ("before", "forward", "after", "head", "backward")
+
+
+@attrs.frozen
+class _Record:
+    """The events of one pass between its marks, the blocks numbered in the order of their birth."""
+
+    spans: dict[str, list[Event]]
+    rooms: dict[Hashable, int] = attrs.field(factory=dict)
+
+    @classmethod
+    def of(cls, record: BlockRecord, named: dict[int | None, int]) -> _Record:
+        events, marks = record.events, record.marks
+        last = marks.get("back", marks["loss"])
+        edges = [0, marks["in"], marks["out"], marks["loss"], last, marks["end"], len(events)]
+        numbers = {block: number for block, number in named.items() if block is not None}
+        parts = []
+        for start, end in pairwise(edges):
+            part = []
+            for event in events[start:end]:
+                numbers.setdefault(event.block, event.block)
+                if numbers[event.block] not in (_GIVEN, _ROOM):
+                    part.append(Event(numbers[event.block], event.size))
+            parts.append(part)
+        before, forward, after, head, backward, late = parts
+        # what is freed a moment later; what is never freed are the adapters' gradients
+        backward += [event for event in late if event.size is None and event.block != NEXT]
+        return cls(dict(zip(SPANS, (before, forward, after, head, backward), strict=True)))
+
+    def sums(self) -> tuple[int, int, int, int]:
+        """Bytes: highest level on the way up, kept, highest level on the way down, gradients."""
+        live: dict[int, int] = {}
+        results = []
+        for name in ("forward", "backward"):
+            most = level = 0
+            for event in self.spans[name]:
+                if event.size is None:
+                    level -= live.pop(event.block, 0)
+                else:
+                    live[event.block] = event.size
+                    level += event.size
+                most = max(most, level)
+            own = sum(size for block, size in live.items() if block >= 0)
+            results += [most, own]
+        return results[0], results[1], results[2], results[3]
+
+
+def _combined(at_n: _Record, at_2n: _Record, tokens: int) -> LayerBlocks:
+    whole = {name: fitted(few, at_2n.spans[name], tokens) for name, few in at_n.spans.items()}
+    if whole["forward"] is None or whole["backward"] is None:
+        # loops over chunks of tokens: other operations, so only their sums can be fitted
+        whole["forward"], whole["backward"] = _summed(at_n, at_2n, tokens)
+    before, forward, after, head, backward = (tuple(whole[name] or ()) for name in SPANS)
+    return LayerBlocks(before=before, forward=forward, after=after, head=head, backward=backward)
+
+
+def _summed(at_n: _Record, at_2n: _Record, tokens: int) -> tuple[list[Step], list[Step]]:
+    """Both ways of a layer as three blocks: the workspace of each, what is kept between them, and the gradients."""
+    sums = zip(at_n.sums(), at_2n.sums(), strict=True)
+    up, kept, down, stays = (Size.straight(few, many, tokens) for few, many in sums)
+    ends = {event.block: event.size for span in at_n.spans.values() for event in span if event.size is not None}
+    states = Size.fitted(ends[RESULT] or 0, 2 * (ends[RESULT] or 0), tokens)
+    inside = [event.block for event in at_n.spans["forward"] if event.size is None and event.block == STATES]
+    forward = [Step(OWN, up), Step(OWN, None), Step(OWN + 1, kept), Step(RESULT, states)]
+    forward += [Step(block, None) for block in inside]
+    backward = [
+        Step(OWN + 2, down),
+        Step(OWN + 2, None),
+        Step(OWN + 1, None),
+        Step(GRADIENT, None),
+        Step(OWN + 3, stays),
+        Step(NEXT, states),
+    ]
+    return forward, backward if inside else [*backward, Step(STATES, None)]
+
+
+@contextmanager
+def _materialized(decoder: Any, layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """Zeros for what stands on the meta device, of the layer and of what is not in any layer; taken away again.
+
+    A large tensor of zeros takes no memory until it is written to.
+    """
+    in_layers = {id(module) for module in decoder.layers.modules()}
+    mine = [*layer.modules(), *(module for module in decoder.modules() if id(module) not in in_layers)]
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    tensors: dict[str, Any]
+    for module in mine:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.device.type != "meta":
+                    continue
+                made = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+                undo.append((tensors, name, tensor))  # type: ignore[arg-type]
+                tensors[name] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    # as a run does once the weights are there
+    norms = [quicken_norms(module) for module in (layer, getattr(decoder, "norm", None)) if undo and module is not None]
+    try:
+        yield
+    finally:
+        for quickened in norms:
+            quickened.remove()
+        if undo:
+            for module in layer.modules():
+                if isinstance(module, AdaptedModule):
+                    module.release()
+        for tensors, name, tensor in undo:
+            tensors[name] = tensor
