@@ -38,7 +38,7 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 STEPS = 6
 
 
-def trainer(folder: Path, out: Path, rows: Path, **options: Any) -> SFTTrainer:
+def trainer(folder: Path, out: Path, rows: Path, lora: dict[str, Any] | None = None, **options: Any) -> SFTTrainer:
     """An SFTTrainer as its documents show it, on a tiny model, with a checkpoint every second step."""
     data = load_dataset("json", data_files=str(rows), split="train", cache_dir=str(folder / "cache"))
     config = SFTConfig(
@@ -58,13 +58,13 @@ def trainer(folder: Path, out: Path, rows: Path, **options: Any) -> SFTTrainer:
             **options,
         }
     )
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    shape = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1, **(lora or {})}
     return SFTTrainer(
         model=str(folder / "base"),
         args=config,
         train_dataset=data,
         processing_class=tiny.tiny_tokenizer(),
-        peft_config=lora,
+        peft_config=LoraConfig(**shape, task_type="CAUSAL_LM"),
     )
 
 
@@ -152,6 +152,22 @@ def main(folder: Path) -> None:
     out = copy("lr")
     result = observed(resume(out, learning_rate=0.001))
     show("learning rate changed", result, bit_identical=same(straight, out) if not result["error"] else None)
+
+    changes: dict[str, dict[str, Any]] = {
+        "rank": {"lora": {"r": 8}},
+        "alpha": {"lora": {"lora_alpha": 64}},
+        "fewer targets": {"lora": {"target_modules": ["q_proj"]}},
+        "more targets": {"lora": {"target_modules": ["q_proj", "k_proj", "v_proj"]}},
+        "adapter's dropout": {"lora": {"lora_dropout": 0.5}},
+        "batch size": {"per_device_train_batch_size": 4},
+        "batch cut": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        "schedule": {"lr_scheduler_type": "cosine"},
+        "precision": {"bf16": True},
+    }
+    for name, change in changes.items():
+        out = copy(name.replace(" ", "-"))
+        result = observed(resume(out, **change))
+        show(f"{name} changed", result, bit_identical=same(straight, out) if not result["error"] else None)
 
     out = folder / "nan"
     result = observed(lambda: trainer(folder, out, rows, learning_rate=1e38, max_grad_norm=0.0).train())

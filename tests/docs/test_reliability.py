@@ -28,8 +28,8 @@ def test_the_test_of_a_row_exists(row: list[str]) -> None:
         assert not function or f"def {function}(" in path.read_text(encoding="utf-8")
 
 
-def test_the_peers_script_makes_the_faults_of_the_table() -> None:
-    script = (ROOT / "benchmarks" / "faults_peers.py").read_text(encoding="utf-8")
+def test_the_peers_scripts_make_the_faults_of_the_table() -> None:
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("faults_peers*.py"))
     measured = [row[0] for row in ROWS if row[3] not in ("not measured", "has no plugins")]
-    assert len(measured) >= 9
-    assert script.count("show(") - 1 >= 9
+    assert len(measured) >= 24
+    assert scripts.count(" show(") + scripts.count(" bench.stopped(") >= 24
