@@ -12,7 +12,7 @@ import pytest
 
 from eulerforge.training.kernelcache import KEPT, VARIABLES, bound_kernel_caches
 
-SHAPES = 300
+SHAPES = 900
 MANY_SHAPES = f"""
 import json, torch
 from eulerforge.training.limits import resident_bytes
