@@ -21,9 +21,11 @@ from sitewatch import pytest_collection_finish, pytest_sessionfinish, pytest_ter
 collect_ignore_glob = ["thirdparty/*"]
 
 
-# a script that starts the tests in the background lets them ignore SIGINT; the tests of stops need it as a shell has it
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# a script that starts the tests in the background lets them ignore SIGINT, and nohup SIGHUP; the tests of stops need
+# both as a shell has them
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 @pytest.fixture(autouse=True)
