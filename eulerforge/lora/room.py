@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -30,3 +32,15 @@ def room(name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False):  # one that evaluation made could not be written to in training
             kept = rooms[name, like.dtype] = torch.empty(count, dtype=like.dtype)
     return kept[:count].view(shape)
+
+
+@contextmanager
+def fresh_rooms() -> Iterator[dict[tuple[str, torch.dtype], torch.Tensor]]:
+    """This thread's rooms, empty for a while: for who counts what is made, and would not see a room that is there."""
+    kept = _KEPT.__dict__.get("rooms", {})
+    made: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+    _KEPT.__dict__["rooms"] = made
+    try:
+        yield made
+    finally:
+        _KEPT.__dict__["rooms"] = kept

@@ -90,7 +90,7 @@ def from_config(
         return None
     layout, _ = plan_layout(config, registry, model, injected, 0, device, proven=False)
     layers = list(injected.adapter.find_transformer_layers(model))
-    return _estimated(config, model, layers, phases, layout, folder, datasets, device, held=0)
+    return from_model(config, model, layers, phases, layout, folder, datasets, device)
 
 
 def from_model(
@@ -103,41 +103,25 @@ def from_model(
     datasets: Datasets | None,
     device: torch.device,
 ) -> Estimated:
-    """The estimate of a run whose model is loaded, injected and isolated."""
-    held = sum(p.untyped_storage().nbytes() for p in model.parameters()) if device.type == "cpu" else 0
-    return _estimated(config, model, layers, phases, layout, folder, datasets, device, held=held)
-
-
-def _estimated(
-    config: RunConfig,
-    model: Any,
-    layers: Sequence[Any],
-    phases: PhasePlan,
-    layout: Layout,
-    folder: Path,
-    datasets: Datasets | None,
-    device: torch.device,
-    *,
-    held: int,
-) -> Estimated:
+    """The estimate of a run whose model is injected and isolated, loaded or on the meta device."""
+    held = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.device.type == "cpu")
+    file_dtype = stored_dtype(folder, trust_remote_code=config.model.trust_remote_code)
     rows: TokenizedRows | None = datasets.train if datasets is not None else None
     batch = largest_micro_batch(config, layout, rows)
     every = every_of(config.training.gradient_checkpointing)
     made = []
     for phase in {phase.groups: phase for phase in phases.phases}.values():
         enter_phase(model, phases, phase)
-        made.append(
-            Estimator(
-                config,
-                model,
-                layers,
-                layout=layout,
-                device=device,
-                file_dtype=stored_dtype(folder, trust_remote_code=config.model.trust_remote_code),
-                ever_trained=phases.trained_names,
-                held=held,
-            )
+        estimator = Estimator(
+            config,
+            model,
+            layers,
+            layout=layout,
+            device=device,
+            file_dtype=file_dtype,
+            ever_trained=phases.trained_names,
+            held=held,
         )
-        made[-1].estimate(batch, every or 0)
-    most = max(made, key=lambda estimator: estimator.estimate(batch, every or 0).step)
+        made.append((estimator.estimate(batch, every or 0).step, estimator))
+    _, most = max(made, key=lambda one: one[0])
     return Estimated(estimator=most, batch=batch, wanted=every)

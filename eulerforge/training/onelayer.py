@@ -18,8 +18,8 @@ from torch import nn
 
 from eulerforge.data.batches import Batch
 from eulerforge.data.packing import Segments
-from eulerforge.lora import room
 from eulerforge.lora.adapted import AdaptedModule
+from eulerforge.lora.room import fresh_rooms
 from eulerforge.training.blocks import BlockRecord, Event, Size, Step, fitted
 from eulerforge.training.document_products import BLOCK
 from eulerforge.training.forward import hidden_states
@@ -89,7 +89,7 @@ def record_layer(
             before = _storages(real[index])
             # the first passes lay weights out anew and make what is made once
             for count in (tokens, 2 * tokens, tokens, 2 * tokens):
-                with _fresh_rooms() as kept:
+                with fresh_rooms() as kept:
                     records.append(_one_pass(model, watched, count, device, packed, kept))
                 for parameter in real[index].parameters():
                     parameter.grad = None
@@ -120,7 +120,7 @@ def _one_pass(
     tokens: int,
     device: torch.device,
     packed: bool,
-    rooms: dict[Hashable, torch.Tensor],
+    rooms: Mapping[Any, torch.Tensor],
 ) -> _Record:
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     batch = Batch(
@@ -145,18 +145,6 @@ def _one_pass(
             watched.named[record.block_of(made)] = _ROOM
     sizes = {name: made.untyped_storage().nbytes() for name, made in rooms.items()}
     return attrs.evolve(_Record.of(record, watched.named), rooms=sizes)
-
-
-@contextmanager
-def _fresh_rooms() -> Iterator[dict[Hashable, torch.Tensor]]:
-    """This thread's rooms, empty for a while: a room that is there already would not be seen."""
-    kept = room._KEPT.__dict__.get("rooms")
-    made: dict[Hashable, torch.Tensor] = {}
-    room._KEPT.__dict__["rooms"] = made
-    try:
-        yield made
-    finally:
-        room._KEPT.__dict__["rooms"] = kept if kept is not None else {}
 
 
 class _Through(nn.Module):
