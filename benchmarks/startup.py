@@ -1,7 +1,8 @@
 """From ``eulerforge train`` to the first optimizer step, beyond what importing torch and transformers costs anyway.
 
 Whole processes in turns: the bare imports, the imports of the model's own classes, and the command itself, which ends
-as soon as its first step has. The model is converted and the rows are tokenized before anything is measured.
+as soon as its first step has. The model is converted, the rows are tokenized and our modules are compiled to bytecode,
+as the installed packages' are, before anything is measured.
 Measured twice: without held-out rows and samples, which is set-up alone, and with those of the preset, which the
 untuned model is measured with before the first step.
 """
@@ -107,6 +108,8 @@ def child(arguments: list[str], marks: Path) -> None:
 
 def run_child(arguments: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
     """{"begins" | "ends": {wall, cpu, rss}} of one start in a fresh process, seconds from the process's start."""
+    environment = dict(os.environ if environment is None else environment)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder) / "marks.json"
         command = [sys.executable, __file__, "--child", str(marks), *arguments, "--output-dir", f"{folder}/run"]

@@ -22,7 +22,7 @@ from eulerforge.config.atomic import sha256_of, staged_folder
 from eulerforge.data.tokenized import ARRAYS, RowChunk, TokenizedRows
 
 _MANIFEST = "entry.json"
-_VERSION = 4
+_VERSION = 5
 
 
 @attrs.frozen(kw_only=True)
@@ -136,13 +136,29 @@ def cache_key(facts: Mapping[str, Any]) -> str:
 
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Hash of what the tokenizer does to text: its serialized form, its chat template and its special tokens."""
-    serialized = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left behind by earlier calls; neither has a part in what we ask of it.
-    serialized["truncation"] = serialized["padding"] = None
     parts = {
-        "tokenizer": serialized,
+        "tokenizer": hashlib.sha256(_serialized(tokenizer.backend_tokenizer).encode("utf-8")).hexdigest(),
         "template": tokenizer.chat_template,
         "bos": str(tokenizer.bos_token),
         "eos": str(tokenizer.eos_token),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _serialized(backend: Any) -> str:
+    """The tokenizer's JSON without truncation and padding.
+
+    Earlier calls leave both behind, and neither has a part in what we ask of it. They are taken off and put back,
+    because parsing a vocabulary and writing it again takes five times as long.
+    """
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        text: str = backend.to_str()
+        return text
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)

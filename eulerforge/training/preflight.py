@@ -83,7 +83,7 @@ def preflight_lines(result: dict[str, Any], run: Run) -> list[str]:
     lines.append(run.isolation.line(run.layout.packing))
     leak = result["packing"]["leak"]
     if leak is not None:
-        lines.append(f"  isolation: replacing one document of a packed row moves the others' logits by {leak:.1e}")
+        lines.append(f"  isolation: replacing documents of a packed row moves the others' logits by {leak:.1e}")
     assert run.estimated is not None  # noqa: S101 - preflight assembles with it
     lines += estimate_lines(run.estimated.found, run.estimated.largest_tokens, run.config)
     lines.append(forecast_line(result["forecast"]))

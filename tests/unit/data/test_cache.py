@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
+from eulerforge.data.cache import tokenizer_sha256
 from eulerforge.data.prepared import Datasets, build_dataset
 
 ROWS = [{"prompt": f"question {number}\n", "response": "answer"} for number in range(8)]
@@ -67,6 +70,23 @@ def test_using_the_tokenizer_does_not_change_its_key(build: Callable[..., Datase
     build(chatml)
     chatml(["a", "a b c d e f"], padding=True, truncation=True, max_length=2)
     assert build(chatml).report.cache == "hit"
+
+
+def test_the_key_is_the_same_in_every_process_and_the_tokenizer_comes_back_as_it_was(llama3: Any, chatml: Any) -> None:
+    backend = llama3.backend_tokenizer
+    key, copy = tokenizer_sha256(llama3), PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend.to_str()))
+    backend.enable_truncation(5, stride=1, strategy="only_first", direction="left")
+    backend.enable_padding(direction="left", pad_id=3, pad_type_id=1, pad_token="x", length=9, pad_to_multiple_of=8)
+    left = backend.truncation, backend.padding
+    try:
+        assert tokenizer_sha256(llama3) == key != tokenizer_sha256(chatml)
+        assert (backend.truncation, backend.padding) == left
+    finally:
+        backend.no_truncation()
+        backend.no_padding()
+    # maps of another object lie in another order in memory
+    copy.chat_template, copy.bos_token, copy.eos_token = llama3.chat_template, llama3.bos_token, llama3.eos_token
+    assert tokenizer_sha256(copy) == key
 
 
 def test_split_settings_share_an_entry(build: Callable[..., Datasets]) -> None:

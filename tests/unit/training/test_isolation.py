@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -124,6 +125,21 @@ def test_attention_that_ignores_the_borders_is_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(attention._KERNELS, "matmul", whole_row)
     with pytest.raises(RunError, match="packed documents see each other"):
         prove(model)
+
+
+@pytest.mark.parametrize(("seen", "seeing"), list(permutations(range(3), 2)))
+def test_each_document_is_held_against_each_other_one(seen: int, seeing: int) -> None:
+    model = loud_model("llama3")
+    isolate(model, spec("attention"), DenseAdapter())
+    assert leak(model) < 1e-6
+
+    def one_sees_another(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        parts = list(output.split(isolation.PROBE_LENGTHS, 1))
+        parts[seeing] = parts[seeing] + 0.1 * parts[seen].mean(1, keepdim=True)
+        return torch.cat(parts, 1)
+
+    model.get_input_embeddings().register_forward_hook(one_sees_another)
+    assert leak(model) > 1e-3
 
 
 def test_the_mode_comes_back() -> None:
