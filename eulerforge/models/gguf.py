@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from eulerforge.config.atomic import commit_folder, file_state, sha256_of
+from eulerforge.config.atomic import commit_folder, file_state
 from eulerforge.config.cachedir import cache_root
+from eulerforge.config.knownhash import known_sha256
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.soundness import check_folder
 
@@ -26,11 +27,13 @@ NEEDED = ("gguf", "accelerate")
 
 def converted_folder(path: Path, *, say: Callable[[str], None] | None = None) -> Path:
     """The cached folder of a GGUF file, made when it is not there yet (about 10 s for 135M parameters)."""
-    digest = _digest(path, file_state(path))
+    digest, remembered = _digest(path, file_state(path))
     folder = cache_root() / "models" / f"{path.stem}-{digest[:16]}-{FORMAT}"
     if folder.is_dir():
         try:
             check_folder(folder)
+            if say is not None and remembered:
+                say(f"{path.name}: converted before; its sha256 {digest[:12]} is remembered, the file unchanged since")
             return folder
         except ModelError as error:
             if say is not None:
@@ -49,9 +52,12 @@ def converted_folder(path: Path, *, say: Callable[[str], None] | None = None) ->
 
 
 @functools.lru_cache(maxsize=8)
-def _digest(path: Path, state: tuple[int, ...]) -> str:
-    """The file's content hash; a start asks several times, and ``state`` tells that the file is the same since."""
-    return sha256_of(path)
+def _digest(path: Path, state: tuple[int, ...]) -> tuple[str, bool]:
+    """The file's content hash, and whether an earlier run computed it.
+
+    A start asks several times, and ``state`` tells that the file is the same since.
+    """
+    return known_sha256(path)
 
 
 def _convert(path: Path, out: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,14 @@ GENERATION_CONFIG = "generation_config.json"
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "pluggy", "attrs", "cattrs", "numpy", "bitsandbytes")
 
 
-def base_weights(folder: Path) -> dict[str, Any]:
+def base_weights(folder: Path, *, hash_of: Callable[[Path], str] = sha256_of) -> dict[str, Any]:
     """Size and content hash of every safetensors file of a base model, one over all of them, and its config's.
 
     ``config_sha256`` is of the values of config.json alone, without those that only say who wrote it.
+    ``hash_of`` gives a file's content hash.
     """
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        path.name: {"size": path.stat().st_size, "sha256": hash_of(path)}
         for path in sorted(folder.glob("*.safetensors"))
     }
     joined = "".join(f"{name}:{facts['sha256']}\n" for name, facts in files.items())

@@ -103,8 +103,10 @@ class _Session:
 
     def train(self) -> dict[str, Any]:
         self._announce()
-        self.say("hashing the base weights")
+        if self.hashing.pending:
+            self.say("hashing the base weights")
         weights = self.hashing.result(self.run.source.folder)
+        self.say(self.hashing.line())
         try:
             return self._train(weights)
         except KeyboardInterrupt as error:
