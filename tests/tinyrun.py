@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,20 @@ def loaded(folder: Path, family: str = "llama", **changes: Any) -> Any:
     return load_run_config(None, settings(folder, family, **changes), strategy_configs=load_registry().strategy_config)
 
 
-def assembled(folder: Path, family: str = "llama", *, estimates: bool = False, **changes: Any) -> Any:
-    """A Run that is ready to train; ``folder`` must be prepared; ``estimates`` as in ``assemble``."""
+def assembled(
+    folder: Path,
+    family: str = "llama",
+    *,
+    estimates: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    **changes: Any,
+) -> Any:
+    """A Run that is ready to train; ``folder`` must be prepared; ``estimates`` and ``say`` as in ``assemble``."""
     from eulerforge.plugins import load_registry
     from eulerforge.training.assemble import assemble
 
     config = loaded(folder, family, **changes).run
-    return assemble(config, load_registry(), out=Path(config.output_dir), estimates=estimates)
+    return assemble(config, load_registry(), out=Path(config.output_dir), estimates=estimates, say=say)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from eulerforge.models.soundness import refuse_ids_beyond
 from eulerforge.models.source import BaseSource, resolve_source
 from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
-from eulerforge.training.estimated import Estimated, from_config, from_model
+from eulerforge.training.estimated import Estimated, NoEstimate, from_config, from_model
 from eulerforge.training.isolation import Isolation
 from eulerforge.training.layouts import plan_layout
 from eulerforge.training.memory import refuse_beyond_memory
@@ -64,7 +64,7 @@ class Run:
     norms: Norms
     kept: Kept
     prefix: FrozenPrefix | None = None
-    estimated: Estimated | None = None
+    estimated: Estimated | NoEstimate | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -164,8 +164,11 @@ def assemble(
     say(norms.line())
     layers = list(injected.adapter.find_transformer_layers(loaded.model))
     prefix = _prefix(loaded.model, phases, datasets, say) if config.training.cache_frozen_prefix else None
-    if wanted and estimated is None:
+    if isinstance(estimated, NoEstimate):
         estimated = from_model(config, loaded.model, layers, phases, layout, source.folder, datasets, device)
+        say(f"with the weights there: {estimated.line()}")
+    if isinstance(estimated, NoEstimate):
+        warnings.append(estimated.line())
     kept = _kept(config, loaded.model, layers, estimated, device, say)
     if config.training.compile:
         warnings += compile_layers(layers, device)
@@ -205,7 +208,12 @@ def _prefix(model: Any, phases: PhasePlan, datasets: Datasets | None, say: Say) 
 
 
 def _kept(
-    config: RunConfig, model: Any, layers: list[Any], estimated: Estimated | None, device: torch.device, say: Say
+    config: RunConfig,
+    model: Any,
+    layers: list[Any],
+    estimated: Estimated | NoEstimate | None,
+    device: torch.device,
+    say: Say,
 ) -> Kept:
     """Which layers are computed again, and whether activations leave the GPU."""
     training = config.training

@@ -1,51 +1,16 @@
-"""The peak memory of a run before a weight is read: its parts, and the largest batch that fits.
-
-Notable: weights, adapters and optimizer are counted on the model that has shapes only; activations and workspace come
-from one layer of each kind, computed on a few tokens (``training/onelayer.py``). What the process holds before is
-measured. On the CPU the C library's heap holds more than the blocks that are alive: glibc cannot give an aligned
-block's place to one of the same size, which leaves holes; that share was measured in ``benchmarks/estimate_grid.py``,
-and is the one number here that was not counted.
-"""
+"""What a run will take at its peak, part by part, and how a person reads it."""
 
 from __future__ import annotations
 
-import ctypes
-import platform
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
-import torch
-from torch import nn
 
-from eulerforge.data.batches import BatchPlan
-from eulerforge.data.packing import Layout
-from eulerforge.data.tokenized import TokenizedRows
-from eulerforge.models.device import base_dtype
-from eulerforge.models.quantized import QUANTIZED_MODES, parameter_count, plan_of
 from eulerforge.models.sizes import gib
-from eulerforge.training.document_products import BLOCK
-from eulerforge.training.limits import free_bytes, resident_bytes
-from eulerforge.training.loss import BLOCK_NUMBERS, CHUNK_BYTES
-from eulerforge.training.memory import peak_bytes
-from eulerforge.training.onelayer import CHUNK, TOKENS, LayerBlocks, kind_of, record_layer
-from eulerforge.training.peak import LossBlocks, MicroBatch, StepPeak, step_peak
-from eulerforge.training.recompute import SWITCH, enable_gradient_checkpointing
 
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig
 
-HEAP_OF_KEPT = {False: 0.42, True: 0.88}
-"""glibc: what its heap holds beside the blocks that are kept, as a share of them, in half precision and in fp32.
-Measured, not derived: ``benchmarks/estimate_grid.py``."""
-HEAP_OF_SMALL, HEAP_OF_LARGE = 1.8, 0.4
-"""As above, of the blocks that come and go while one layer is computed, below ``HEAP_BLOCK`` and from there on."""
-KERNELS = 48 << 20
-"""What oneDNN's compiled kernels of half-precision products take, bounded by ``training/kernelcache.py``."""
-CUBLAS_WORKSPACE = 32 << 20
-"""What cuBLAS takes on a Hopper card; less on others."""
-STEPS_LOOKED_AT = 64
-MOST_ROWS = 1 << 20
 PARTS = {
     "base": "Python, the libraries, the rows",
     "weights": "of the base, and where LoRA lays them out anew",
@@ -97,199 +62,6 @@ class Estimate:
         return {**attrs.asdict(self), "step": self.step, "peak": self.peak, "fits": self.fits}
 
 
-class Estimator:
-    """What a run of ``model`` would take; its parameters may be on the meta device.
-
-    Args:
-        model: injected, isolated where rows are packed, and in the phase that is to be estimated.
-        layers: the decoder's, from the lowest on.
-        device: where the run would train.
-        file_dtype: the precision of the weights on the disk.
-        ever_trained: names of the parameters that some phase trains.
-        held: bytes of the model that are in this process already.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        model: Any,
-        layers: Sequence[Any],
-        *,
-        layout: Layout,
-        device: torch.device,
-        file_dtype: torch.dtype,
-        ever_trained: Sequence[str],
-        held: int = 0,
-    ) -> None:
-        self.config, self.model, self.layers, self.layout = config, model, list(layers), layout
-        self.device, self.file_dtype = device, file_dtype
-        self.dtype = base_dtype(config.model.load_precision, device)
-        self._recorded: dict[Any, LayerBlocks] = {}
-        parameters = dict(model.named_parameters())
-        self.trained = 4 * sum(parameters[name].numel() for name in ever_trained)
-        self.base_numbers = sum(parameter_count(p) for p in parameters.values()) - self.trained // 4
-        self._layers(0)  # before the next line, so that what the libraries take for themselves is counted
-        self.base = 0 if device.type == "cuda" else _settled() - held
-
-    def estimate(self, batch: MicroBatch, every: int) -> Estimate:
-        """Of micro-batches of this size, each ``every``-th layer computed again (0: none)."""
-        layers = self._layers(every)
-        training = self.config.training
-        accumulates = self._micro_batches > 1
-        step = step_peak(layers, batch, self._loss(batch.tokens), accumulates=accumulates)
-        optimizer = self.trained * 2 if training.optimizer == "adamw" else self.trained // 2
-        weights, load, dequantized = self._weights(layers)
-        kept = step.activations + step.gradients + optimizer
-        return Estimate(
-            base=self.base,
-            weights=weights,
-            adapters=self.trained,
-            gradients=step.gradients,
-            optimizer=optimizer,
-            activations=step.activations,
-            loss=step.loss,
-            workspace=step.workspace + _rooms(layers, batch) + dequantized + self._of_libraries,
-            heap=self._heap(kept, step),
-            load=self.base + load,
-            free=free_bytes(self.device),
-            tokens=batch.tokens,
-        )
-
-    def largest_batch(self, every: int, *, longest: int) -> int:
-        """Tokens of the largest micro-batch of rows of ``longest`` tokens that fits; 0 when not even one row does."""
-
-        def fits(rows: int) -> bool:
-            return self.estimate(MicroBatch.of_rows(rows, longest, packed=self._packed), every).fits
-
-        if not fits(1):
-            return 0
-        most = 1
-        while most < MOST_ROWS and fits(2 * most):
-            most *= 2
-        least, most = most, 2 * most
-        while most - least > max(1, least // 64):
-            middle = (least + most) // 2
-            least, most = (middle, most) if fits(middle) else (least, middle)
-        return least * longest
-
-    def _heap(self, kept: int, step: StepPeak) -> int:
-        """What the C library keeps of freed memory at the peak; on CUDA nothing, torch's own pool is not counted."""
-        if self.device.type != "cpu" or not _is_glibc():
-            return 0
-        of_workspace = HEAP_OF_SMALL * step.small + HEAP_OF_LARGE * (step.workspace - step.small)
-        return int(HEAP_OF_KEPT[self.dtype == torch.float32] * kept + of_workspace)
-
-    @property
-    def _of_libraries(self) -> int:
-        if self.device.type == "cuda":
-            return CUBLAS_WORKSPACE
-        return 0 if self.dtype == torch.float32 else KERNELS
-
-    @property
-    def _packed(self) -> bool:
-        return self.layout.packing != "off"
-
-    @property
-    def _micro_batches(self) -> int:
-        """Of a step, at least 2 as soon as there is more than one: then gradients are there from the start."""
-        training = self.config.training
-        if self.layout.packing != "flat":
-            return training.grad_accum_steps
-        rows = training.batch_size * training.grad_accum_steps
-        return 1 if rows * self.layout.max_length <= self.layout.token_budget else 2
-
-    def _weights(self, layers: Sequence[LayerBlocks]) -> tuple[int, int, int]:
-        """Bytes of the weights in a step, at the peak of loading them, and of the largest that is made plain again."""
-        read = self.base_numbers * self.file_dtype.itemsize
-        plain = self.base_numbers * self.dtype.itemsize
-        # weights in the precision of their file are the file's own pages, for as long as one of them is used
-        mapped = self.device.type == "cpu" and self.file_dtype == self.dtype
-        load = plain if mapped else plain + read
-        precision = self.config.model.load_precision
-        if precision.mode in QUANTIZED_MODES:
-            plan = plan_of(self.model, precision, self.dtype)
-            quantized = plan.quantized_bytes + plan.expert_bytes + plan.other_bytes
-            quantized -= self.trained // 4 * self.dtype.itemsize
-            return quantized, load + (quantized if mapped else 0), self._largest_linear * self.dtype.itemsize
-        anew = sum(layer.laid_out if mapped else layer.grown for layer in layers)
-        return plain + anew, load, 0
-
-    @property
-    def _largest_linear(self) -> int:
-        return max(
-            (module.weight.numel() for layer in self.layers for module in layer.modules() if type(module) is nn.Linear),
-            default=0,
-        )
-
-    def _loss(self, tokens: int) -> LossBlocks:
-        """As ``training/loss.py`` computes it: a chunk of logits, a block of it in fp32, states and their gradient."""
-        text = self.model.config.get_text_config()
-        vocabulary, width, size = int(text.vocab_size), int(text.hidden_size), self.dtype.itemsize
-        chunk = CHUNK_BYTES["cpu" if self.device.type == "cpu" else "cuda"]
-        rows = min(tokens, max(1, chunk // (size * vocabulary)))
-        block = min(rows, max(1, BLOCK_NUMBERS // vocabulary)) if self.device.type == "cpu" else rows
-        softcap = 2 if getattr(text, "final_logit_softcapping", None) else 1
-        work = 4 * block * vocabulary * softcap + 3 * tokens * width * size
-        return LossBlocks(room=rows * vocabulary * size, work=work)
-
-    def _layers(self, every: int) -> list[LayerBlocks]:
-        """The blocks of every layer, each kind of layer computed once."""
-        if every:
-            enable_gradient_checkpointing(self.model)
-        try:
-            trains = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
-            below = any(p.requires_grad for p in self.model.get_input_embeddings().parameters())
-            types = getattr(self.model.config.get_text_config(), "layer_types", None) or [""] * len(self.layers)
-            for index, layer in enumerate(self.layers):
-                if hasattr(layer, SWITCH):
-                    setattr(layer, SWITCH, bool(every) and index % every == every - 1)
-            found = []
-            for index, layer in enumerate(self.layers):
-                takes = below or any(trains[:index])
-                kind = kind_of(layer, types[index], takes_gradient=takes)
-                if kind not in self._recorded:
-                    self._recorded[kind] = record_layer(
-                        self.model,
-                        index,
-                        device=self.device,
-                        packed=self._packed,
-                        takes_gradient=takes,
-                        tokens=CHUNK if types[index] == "linear_attention" else TOKENS,
-                    )
-                found.append(self._recorded[kind])
-            return found
-        finally:
-            for layer in self.layers:
-                if hasattr(layer, SWITCH):
-                    setattr(layer, SWITCH, False)
-
-
-def largest_micro_batch(config: RunConfig, layout: Layout, rows: TokenizedRows | None) -> MicroBatch:
-    """The largest micro-batch of the run, or of ``STEPS_LOOKED_AT`` steps spread over it; without rows, the largest
-    that there can be.
-    """
-    training, packed = config.training, layout.packing != "off"
-    if rows is None or not len(rows):
-        per_step = training.batch_size * training.grad_accum_steps
-        tokens = layout.most_positions(per_step)
-        return MicroBatch.of_rows(max(1, tokens // layout.max_length), layout.max_length, packed=packed)
-    plan = BatchPlan(rows, training.batch_size, training.grad_accum_steps, config.seed)
-    total = training.max_train_steps or plan.steps_for(training.num_epochs or 1.0)
-    looked_at = sorted({step * total // STEPS_LOOKED_AT for step in range(STEPS_LOOKED_AT)})
-    found = []
-    for step in looked_at:
-        for lines in layout.cut(rows, plan.rows_of(step)):
-            lengths = [[int(rows.lengths[index]) for index in line] for line in lines]
-            width = max(sum(line) for line in lengths)
-            longest = max(max(line) for line in lengths)
-            if layout.by_length:
-                # documents as rows, and linear attention in chunks
-                width = -(-longest // CHUNK) * CHUNK * max(len(line) for line in lengths)
-            square = longest * min(BLOCK, longest) if packed else len(lines) * width * width
-            found.append(MicroBatch(tokens=len(lines) * width, square=square))
-    return max(found, key=lambda batch: batch.tokens)
-
-
 def estimate_lines(found: Estimate, largest: int, config: RunConfig) -> list[str]:
     """The estimate as a person reads it."""
     lines = [f"memory at the peak of a step, estimated for a micro-batch of {found.tokens:,} tokens"]
@@ -309,23 +81,3 @@ def estimate_lines(found: Estimate, largest: int, config: RunConfig) -> list[str
         else f"not even one row of {config.data.max_length} tokens fits"
     )
     return lines
-
-
-def _rooms(layers: Sequence[LayerBlocks], batch: MicroBatch) -> int:
-    """Bytes of what the layers share, each room as large as the layer that needs most of it."""
-    sizes: dict[Any, int] = {}
-    for layer in {id(layer): layer for layer in layers}.values():
-        for name, size in layer.rooms.items():
-            sizes[name] = max(sizes.get(name, 0), size.at(batch.tokens, batch.square))
-    return sum(sizes.values())
-
-
-def _settled() -> int:
-    """Bytes that the process holds, after the C library gave back what it can."""
-    if _is_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
-    return resident_bytes() or peak_bytes(torch.device("cpu"))
-
-
-def _is_glibc() -> bool:
-    return platform.libc_ver()[0] == "glibc"

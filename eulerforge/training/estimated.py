@@ -14,12 +14,14 @@ from eulerforge.config.schema import RunConfig
 from eulerforge.data.packing import Layout
 from eulerforge.data.prepared import Datasets
 from eulerforge.data.tokenized import TokenizedRows
-from eulerforge.errors import EulerForgeError
+from eulerforge.errors import EulerForgeError, first_line
 from eulerforge.models.device import base_dtype
 from eulerforge.models.meta import meta_model, stored_dtype
 from eulerforge.models.sizes import gib
 from eulerforge.training.coverage import inject_and_plan
-from eulerforge.training.estimate import Estimate, Estimator, largest_micro_batch
+from eulerforge.training.estimate import Estimate
+from eulerforge.training.estimator import Estimator
+from eulerforge.training.largest import largest_micro_batch
 from eulerforge.training.layouts import plan_layout
 from eulerforge.training.peak import MicroBatch
 from eulerforge.training.phases import PhasePlan, enter_phase
@@ -58,6 +60,12 @@ class Estimated:
         """Of a micro-batch that fits, in rows of ``data.max_length``."""
         return self.estimator.largest_batch(self.every, longest=self.estimator.config.data.max_length)
 
+    def to_json(self) -> dict[str, Any]:
+        """Bytes by part, and the largest micro-batch that fits."""
+        longest = self.estimator.config.data.max_length
+        batch = {"rows": self.largest_tokens // longest, "tokens": self.largest_tokens, "max_length": longest}
+        return {**self.found.to_json(), "largest_batch": batch}
+
     def line(self) -> str:
         """What is said before the model is loaded."""
         found = self.found
@@ -76,10 +84,30 @@ class Estimated:
         )
 
 
+@attrs.frozen
+class NoEstimate:
+    """Why there is none: what a layer raised."""
+
+    error: Exception
+
+    def line(self) -> str:
+        """What is said in the place of the estimate."""
+        return f"no estimate of memory: {type(self.error).__name__}: {first_line(self.error)}"
+
+    @property
+    def every(self) -> int:
+        """What ``auto`` takes where it cannot choose: the least memory."""
+        return 1
+
+    def choice(self) -> str:
+        """As of an estimate."""
+        return f"nobody knows what fits: {in_words(self.every)}; training.gradient_checkpointing=off is faster"
+
+
 def from_config(
     config: RunConfig, registry: Registry, folder: Path, datasets: Datasets | None, device: torch.device
-) -> Estimated | None:
-    """The estimate of a run whose model is in ``folder``; None where only the loaded model can tell."""
+) -> Estimated | NoEstimate:
+    """The estimate of a run whose model is in ``folder``; none where only the loaded model can tell."""
     try:
         model = meta_model(config, base_dtype(config.model.load_precision, device))
         injected, _, phases = inject_and_plan(config, registry, model)
@@ -87,7 +115,7 @@ def from_config(
         # a strategy that looks at values; what else is wrong was said by the rehearsal of the injection
         if "meta tensor" not in str(error.__cause__):
             raise
-        return None
+        return NoEstimate(error)
     layout, _ = plan_layout(config, registry, model, injected, 0, device, proven=False)
     layers = list(injected.adapter.find_transformer_layers(model))
     return from_model(config, model, layers, phases, layout, folder, datasets, device)
@@ -102,17 +130,20 @@ def from_model(
     folder: Path,
     datasets: Datasets | None,
     device: torch.device,
-) -> Estimated:
-    """The estimate of a run whose model is injected and isolated, loaded or on the meta device."""
+) -> Estimated | NoEstimate:
+    """The estimate of a run whose model is injected and isolated, loaded or on the meta device.
+
+    None where a layer cannot be computed by itself on a few tokens, whatever it raises: a plugin's may want weights
+    that are not zero, or a layer below it.
+    """
     held = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.device.type == "cpu")
     file_dtype = stored_dtype(folder, trust_remote_code=config.model.trust_remote_code)
     rows: TokenizedRows | None = datasets.train if datasets is not None else None
     batch = largest_micro_batch(config, layout, rows)
     every = every_of(config.training.gradient_checkpointing)
-    made = []
-    for phase in {phase.groups: phase for phase in phases.phases}.values():
-        enter_phase(model, phases, phase)
-        estimator = Estimator(
+
+    def estimator() -> Estimator:
+        return Estimator(
             config,
             model,
             layers,
@@ -122,6 +153,16 @@ def from_model(
             ever_trained=phases.trained_names,
             held=held,
         )
-        made.append((estimator.estimate(batch, every or 0).step, estimator))
-    _, most = max(made, key=lambda one: one[0])
-    return Estimated(estimator=most, batch=batch, wanted=every)
+
+    made = []
+    try:
+        for phase in {phase.groups: phase for phase in phases.phases}.values():
+            enter_phase(model, phases, phase)
+            of_phase = estimator()
+            made.append((of_phase.estimate(batch, every or 0).step, of_phase))
+        _, most = max(made, key=lambda one: one[0])
+        estimated = Estimated(estimator=most, batch=batch, wanted=every)
+        estimated.found  # noqa: B018 - what auto chooses computes further kinds of layers
+    except Exception as error:  # noqa: BLE001 - an estimate is not worth a run
+        return NoEstimate(error)
+    return estimated

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import attrs
@@ -20,9 +19,20 @@ from eulerforge.data.batches import Batch
 from eulerforge.data.packing import Segments
 from eulerforge.lora.adapted import AdaptedModule
 from eulerforge.lora.room import fresh_rooms
-from eulerforge.training.blocks import BlockRecord, Event, Size, Step, fitted
+from eulerforge.training.blocks import BlockRecord, Size
 from eulerforge.training.document_products import BLOCK
 from eulerforge.training.forward import hidden_states
+from eulerforge.training.layerblocks import (
+    GIVEN,
+    GRADIENT,
+    NEXT,
+    RESULT,
+    ROOM,
+    STATES,
+    LayerBlocks,
+    LayerRecord,
+    combined,
+)
 from eulerforge.training.norms import quicken_norms
 from eulerforge.training.recompute import SWITCH
 
@@ -30,34 +40,6 @@ TOKENS = BLOCK // 2
 """A layer is computed on this many tokens and on twice as many: no more than one block of attention."""
 CHUNK = 64
 """As ``TOKENS``, of layers of linear attention: Gated DeltaNet's chunks are as long."""
-OWN = 1 << 30
-"""Numbers from here on are of blocks that sums were made into."""
-STATES, RESULT, GRADIENT, NEXT, _GIVEN, _ROOM = -1, -2, -3, -4, -5, -6
-"""Blocks that come from another layer or go to one: the hidden states and their gradient, as they come in and out."""
-
-
-@attrs.frozen(kw_only=True)
-class LayerBlocks:
-    """What a layer makes and frees, and what happens before it, after it, and in the gradient above it.
-
-    ``laid_out`` are the bytes of weights that the first pass copied to another place, ``grown`` by how much they grew;
-    ``rooms`` are those of ``lora/room.py``, which all layers share.
-    """
-
-    before: tuple[Step, ...]
-    forward: tuple[Step, ...]
-    after: tuple[Step, ...]
-    head: tuple[Step, ...]
-    backward: tuple[Step, ...]
-    laid_out: int = 0
-    grown: int = 0
-    rooms: Mapping[Hashable, Size] = attrs.field(factory=dict)
-
-    def kept(self, tokens: int, square: int) -> int:
-        """Bytes between forward and backward, the hidden states that the layer was given and gives left out."""
-        made = {step.block: step.size for step in self.forward if step.size is not None and step.block >= 0}
-        freed = {step.block for step in self.forward if step.size is None}
-        return sum(size.at(tokens, square) for block, size in made.items() if block not in freed)
 
 
 def kind_of(layer: nn.Module, label: Hashable, *, takes_gradient: bool) -> Hashable:
@@ -91,11 +73,11 @@ def record_layer(
             for count in (tokens, 2 * tokens, tokens, 2 * tokens):
                 with fresh_rooms() as kept:
                     records.append(_one_pass(model, watched, count, device, packed, kept))
-                for parameter in real[index].parameters():
-                    parameter.grad = None
+                _forget_gradients(real[index])
             after = _storages(real[index])
             moved = [name for name, (place, _) in after.items() if place != before[name][0]]
         finally:
+            _forget_gradients(real[index])  # of a pass that failed too: the model may be the run's own
             for at, layer in enumerate(real):
                 decoder.layers[at] = layer
             model.train(was_training)
@@ -103,7 +85,12 @@ def record_layer(
     laid_out = sum(after[name][1] for name in moved)
     grown = laid_out - sum(before[name][1] for name in moved)
     rooms = {name: Size.fitted(records[2].rooms.get(name, 0), size, tokens) for name, size in records[3].rooms.items()}
-    return attrs.evolve(_combined(records[2], records[3], tokens), laid_out=laid_out, grown=grown, rooms=rooms)
+    return attrs.evolve(combined(records[2], records[3], tokens), laid_out=laid_out, grown=grown, rooms=rooms)
+
+
+def _forget_gradients(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        parameter.grad = None
 
 
 def _storages(layer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -121,7 +108,7 @@ def _one_pass(
     device: torch.device,
     packed: bool,
     rooms: Mapping[Any, torch.Tensor],
-) -> _Record:
+) -> LayerRecord:
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     batch = Batch(
         input_ids=ids,
@@ -142,9 +129,9 @@ def _one_pass(
         del states
         record.mark("end")
         for made in rooms.values():
-            watched.named[record.block_of(made)] = _ROOM
+            watched.named[record.block_of(made)] = ROOM
     sizes = {name: made.untyped_storage().nbytes() for name, made in rooms.items()}
-    return attrs.evolve(_Record.of(record, watched.named), rooms=sizes)
+    return attrs.evolve(LayerRecord.of(record, watched.named), rooms=sizes)
 
 
 class _Through(nn.Module):
@@ -178,7 +165,7 @@ class _Watched(_Through):
         own = states.detach() + torch.zeros((), dtype=states.dtype, device=states.device, requires_grad=True)
         own = own if self.takes_gradient else own.detach()
         # the copy is recorded in place of what was given
-        named[record.block_of(states)], named[record.block_of(own)] = _GIVEN, STATES
+        named[record.block_of(states)], named[record.block_of(own)] = GIVEN, STATES
         record.mark("in")
         result = self.__dict__["layer"](own, *arguments, **keywords)
         result = result if isinstance(result, torch.Tensor) else result[0]
@@ -200,82 +187,6 @@ class _Watched(_Through):
             record.mark(mark)
 
         return hook
-
-
-SPANS = ("before", "forward", "after", "head", "backward")
-
-
-@attrs.frozen
-class _Record:
-    """The events of one pass between its marks, the blocks numbered in the order of their birth."""
-
-    spans: dict[str, list[Event]]
-    rooms: dict[Hashable, int] = attrs.field(factory=dict)
-
-    @classmethod
-    def of(cls, record: BlockRecord, named: dict[int | None, int]) -> _Record:
-        events, marks = record.events, record.marks
-        last = marks.get("back", marks["loss"])
-        edges = [0, marks["in"], marks["out"], marks["loss"], last, marks["end"], len(events)]
-        numbers = {block: number for block, number in named.items() if block is not None}
-        parts = []
-        for start, end in pairwise(edges):
-            part = []
-            for event in events[start:end]:
-                numbers.setdefault(event.block, event.block)
-                if numbers[event.block] not in (_GIVEN, _ROOM):
-                    part.append(Event(numbers[event.block], event.size))
-            parts.append(part)
-        before, forward, after, head, backward, late = parts
-        # what is freed a moment later; what is never freed are the adapters' gradients
-        backward += [event for event in late if event.size is None and event.block != NEXT]
-        return cls(dict(zip(SPANS, (before, forward, after, head, backward), strict=True)))
-
-    def sums(self) -> tuple[int, int, int, int]:
-        """Bytes: highest level on the way up, kept, highest level on the way down, gradients."""
-        live: dict[int, int] = {}
-        results = []
-        for name in ("forward", "backward"):
-            most = level = 0
-            for event in self.spans[name]:
-                if event.size is None:
-                    level -= live.pop(event.block, 0)
-                else:
-                    live[event.block] = event.size
-                    level += event.size
-                most = max(most, level)
-            own = sum(size for block, size in live.items() if block >= 0)
-            results += [most, own]
-        return results[0], results[1], results[2], results[3]
-
-
-def _combined(at_n: _Record, at_2n: _Record, tokens: int) -> LayerBlocks:
-    whole = {name: fitted(few, at_2n.spans[name], tokens) for name, few in at_n.spans.items()}
-    if whole["forward"] is None or whole["backward"] is None:
-        # loops over chunks of tokens: other operations, so only their sums can be fitted
-        whole["forward"], whole["backward"] = _summed(at_n, at_2n, tokens)
-    before, forward, after, head, backward = (tuple(whole[name] or ()) for name in SPANS)
-    return LayerBlocks(before=before, forward=forward, after=after, head=head, backward=backward)
-
-
-def _summed(at_n: _Record, at_2n: _Record, tokens: int) -> tuple[list[Step], list[Step]]:
-    """Both ways of a layer as three blocks: the workspace of each, what is kept between them, and the gradients."""
-    sums = zip(at_n.sums(), at_2n.sums(), strict=True)
-    up, kept, down, stays = (Size.straight(few, many, tokens) for few, many in sums)
-    ends = {event.block: event.size for span in at_n.spans.values() for event in span if event.size is not None}
-    states = Size.fitted(ends[RESULT] or 0, 2 * (ends[RESULT] or 0), tokens)
-    inside = [event.block for event in at_n.spans["forward"] if event.size is None and event.block == STATES]
-    forward = [Step(OWN, up), Step(OWN, None), Step(OWN + 1, kept), Step(RESULT, states)]
-    forward += [Step(block, None) for block in inside]
-    backward = [
-        Step(OWN + 2, down),
-        Step(OWN + 2, None),
-        Step(OWN + 1, None),
-        Step(GRADIENT, None),
-        Step(OWN + 3, stays),
-        Step(NEXT, states),
-    ]
-    return forward, backward if inside else [*backward, Step(STATES, None)]
 
 
 @contextmanager

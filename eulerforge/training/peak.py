@@ -12,7 +12,7 @@ import attrs
 
 from eulerforge.training.blocks import Step
 from eulerforge.training.document_products import BLOCK
-from eulerforge.training.onelayer import GRADIENT, NEXT, RESULT, STATES, LayerBlocks
+from eulerforge.training.layerblocks import GRADIENT, NEXT, RESULT, STATES, LayerBlocks
 
 HEAP_BLOCK = 32 << 20
 """From here on the C library maps a block by itself, and gives it back when it is freed."""

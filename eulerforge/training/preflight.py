@@ -15,8 +15,10 @@ from eulerforge.errors import RunError
 from eulerforge.models.quantized import parameter_count
 from eulerforge.training.assemble import Run
 from eulerforge.training.estimate import estimate_lines
+from eulerforge.training.estimated import Estimated
 from eulerforge.training.forecast import forecast, forecast_line
 from eulerforge.training.forward import label_token_loss
+from eulerforge.training.largest import largest_micro_batch
 from eulerforge.training.optimizer import make_optimizer
 from eulerforge.training.phases import Phase, enter_phase
 
@@ -42,9 +44,7 @@ def preflight(run: Run) -> dict[str, Any]:
         group: {"tensors": len(names), "parameters": sum(parameters[name].numel() for name in names)}
         for group, names in run.phases.groups.items()
     }
-    assert run.estimated is not None  # noqa: S101 - preflight assembles with it
-    longest = run.config.data.max_length
-    tokens = run.estimated.largest_tokens
+    largest = largest_micro_batch(run.config, run.layout, run.datasets.train if run.datasets is not None else None)
     return {
         "model": run.source.name,
         "backbone": run.backbone,
@@ -56,11 +56,8 @@ def preflight(run: Run) -> dict[str, Any]:
         "phases": [{"step": phase.step, "groups": list(phase.groups)} for phase in run.phases.phases],
         "injection": run.report.to_json(),
         "probe": {"batch": source, "loss": probes[0]["loss"], "tensors_with_gradient": len(run.phases.trained_names)},
-        "packing": {**run.isolation.to_json(run.layout.packing), "largest_micro_batch": run.estimated.batch.tokens},
-        "memory": {
-            **run.estimated.found.to_json(),
-            "largest_batch": {"rows": tokens // longest, "tokens": tokens, "max_length": longest},
-        },
+        "packing": {**run.isolation.to_json(run.layout.packing), "largest_micro_batch": largest.tokens},
+        "memory": run.estimated.to_json() if isinstance(run.estimated, Estimated) else None,
         "forecast": forecast(run, batch, seconds),
         "warnings": list(run.warnings),
     }
@@ -84,8 +81,8 @@ def preflight_lines(result: dict[str, Any], run: Run) -> list[str]:
     leak = result["packing"]["leak"]
     if leak is not None:
         lines.append(f"  isolation: replacing documents of a packed row moves the others' logits by {leak:.1e}")
-    assert run.estimated is not None  # noqa: S101 - preflight assembles with it
-    lines += estimate_lines(run.estimated.found, run.estimated.largest_tokens, run.config)
+    if isinstance(run.estimated, Estimated):
+        lines += estimate_lines(run.estimated.found, run.estimated.largest_tokens, run.config)
     lines.append(forecast_line(result["forecast"]))
     return lines + [f"warning: {warning}" for warning in result["warnings"]]
 

@@ -12,10 +12,11 @@ import torch
 from eulerforge.data.batches import Batch
 from eulerforge.data.packing import Segments
 from eulerforge.plugins import load_registry
-from eulerforge.training.estimated import from_config
+from eulerforge.training.estimated import Estimated, from_config
 from eulerforge.training.forward import hidden_states
+from eulerforge.training.layerblocks import OWN
 from eulerforge.training.memory import KeptForBackward
-from eulerforge.training.onelayer import CHUNK, OWN, TOKENS, record_layer
+from eulerforge.training.onelayer import CHUNK, TOKENS, record_layer
 from eulerforge.training.peak import MicroBatch, level_above
 from eulerforge.training.phases import enter_phase
 
@@ -92,7 +93,7 @@ def test_a_layer_without_weights_makes_the_same_blocks_and_is_left_as_it_was(tmp
     run = prepared_run(tmp_path, "llama")
     real = record_layer(run.model, 1, device=CPU, packed=True, takes_gradient=True)
     estimated = from_config(run.config, load_registry(), run.source.folder, run.datasets, CPU)
-    assert estimated is not None
+    assert isinstance(estimated, Estimated)
     model = estimated.estimator.model
     before = torch.get_rng_state()
     shapes_alone = record_layer(model, 1, device=CPU, packed=True, takes_gradient=True)
