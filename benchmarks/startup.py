@@ -136,12 +136,10 @@ def measure(arguments: list[str], rounds: int) -> dict[str, Any]:
     """Medians over rounds of interleaved processes."""
     run_child(arguments)  # converts, tokenizes, warms the disk's cache
     found: dict[str, list[dict[str, float]]] = {}
-    modules: list[str] = []
     for _ in range(rounds):
         for name, code in IMPORTS.items():
             found.setdefault(name, []).append(run_import(code))
         facts = run_child(arguments)
-        modules = facts["modules"]
         for name in ("begins", "ends"):
             found.setdefault(f"first step {name}", []).append(facts[name])
     medians = {
@@ -150,7 +148,7 @@ def measure(arguments: list[str], rounds: int) -> dict[str, Any]:
     }
     begins = medians["first step begins"]
     beyond = {name: {unit: begins[unit] - medians[name][unit] for unit in ("wall", "cpu")} for name in IMPORTS}
-    return {"medians": medians, "beyond": beyond, "rounds": found, "modules": modules}
+    return {"medians": medians, "beyond": beyond, "rounds": found}
 
 
 def main() -> None:
@@ -167,6 +165,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
         "python": platform.python_version(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "set-up alone": alone,
         "as the preset is": measure(["--preset", "quickstart"], args.rounds),
     }

@@ -1,7 +1,7 @@
 """From the command to its first optimizer step: a bound on CPU seconds, and what may not be imported on the way.
 
-The figures are those of ``benchmarks/startup.py``; the bound here is generous, because a model of any size and any
-machine must keep it.
+The bound is that of ``benchmarks/startup.py`` for the quickstart's model; the tiny one here leaves room for a busy
+machine, on which the best of three counts.
 """
 
 from __future__ import annotations
@@ -11,40 +11,54 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tinyrun import arguments, prepare
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "startup.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-BARE = "import torch, transformers, transformers.modeling_utils, time; print(time.process_time())"
-MORE_CPU_SECONDS = 2.5
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # a second start finds our modules compiled, as an installed one
+BARE = "import torch, transformers, time; print(time.process_time())"
+MORE_CPU_SECONDS = 1.5
+ATTEMPTS = 3
 NOT_ASKED_FOR = {"bitsandbytes", "datasets", "pandas", "scipy", "sklearn", "matplotlib", "pyarrow", "wandb", "peft"}
 
 
-def start(folder: Path) -> dict[str, dict[str, float]]:
+def start(folder: Path) -> dict[str, Any]:
     marks = folder / "marks.json"
     words = [*arguments(folder, training__max_train_steps=1)[1:], "--overwrite"]
     command = [sys.executable, str(SCRIPT), "--child", str(marks), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert marks.exists(), done.stderr
-    return json.loads(marks.read_text(encoding="utf-8"))
+    facts: dict[str, Any] = json.loads(marks.read_text(encoding="utf-8"))
+    return facts
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """A second start, with the rows in the cache."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run that was started once: its rows are in the cache."""
     folder = prepare(tmp_path_factory.mktemp("startup"))
     start(folder)
-    return start(folder)
+    return folder
 
 
-def test_the_first_step_begins_soon_after_the_imports(started: dict[str, dict[str, float]]) -> None:
+def more_than_bare(folder: Path) -> float:
+    """CPU seconds from the process's start to its first step, beyond what the imports of both libraries cost."""
     bare = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, env=ENVIRONMENT, check=True)
-    assert started["begins"]["cpu"] < float(bare.stdout) + MORE_CPU_SECONDS
+    started = start(folder)
     assert started["begins"]["cpu"] < started["ends"]["cpu"]
+    return started["begins"]["cpu"] - float(bare.stdout)
 
 
-def test_nothing_is_imported_that_nobody_asked_for(started: dict[str, list[str]]) -> None:
-    assert not NOT_ASKED_FOR & set(started["modules"])
-    assert {"torch", "transformers"} <= set(started["modules"]), "the list is the real one"
+def test_the_first_step_begins_soon_after_the_imports(folder: Path) -> None:
+    found: list[float] = []
+    while len(found) < ATTEMPTS and min(found, default=MORE_CPU_SECONDS) >= MORE_CPU_SECONDS:
+        found.append(more_than_bare(folder))
+    assert min(found) < MORE_CPU_SECONDS, found
+
+
+def test_nothing_is_imported_that_nobody_asked_for(folder: Path) -> None:
+    modules = set(start(folder)["modules"])
+    assert not NOT_ASKED_FOR & modules
+    assert {"torch", "transformers"} <= modules, "the list is the real one"
