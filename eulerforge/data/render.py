@@ -30,6 +30,8 @@ _PROBE = (Message("user", "question"), Message("assistant", "answer"))
 _SHAPE_TURNS = 5
 WHOLE = -1
 """The shape of a row that is trained from begin to end."""
+ANSWER_LAST = -2
+"""The shape of a row of plain text whose one answer is the rest of it."""
 _NO_TEMPLATE_HINT = "--set data.template=none trains on plain text"
 
 
@@ -115,7 +117,8 @@ class Renderer:
         messages = self._with_system(row.messages)
         if not self.uses_template:
             text, spans = self._joined(messages, row.separator)
-            return Rendered(text=text, spans=spans, where=row.where, line=row.line)
+            shape = ANSWER_LAST if len(spans) == 1 and spans[0][1] == len(text) else 0
+            return Rendered(text=text, spans=spans, where=row.where, line=row.line, shape=shape)
         try:
             text, spans = self._templated(messages)
         except (TemplateError, TypeError, ValueError, KeyError) as error:

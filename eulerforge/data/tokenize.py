@@ -2,17 +2,18 @@
 
 Notable: the prompt is tokenized on its own and must be a prefix of the row's tokens. Tokenizers cut at special tokens
 first, so of a prompt only what follows its last special token needs to be tokenized, which with a chat template is the
-same few characters in every row. Where a token would reach over the
-border between prompt and answer (a prompt that ends in a space, an answer that begins with a line break) the row is
-tokenized in pieces, so that generation starts from exactly the tokens that were trained.
+same few characters in every row. Where a token would reach over the border between prompt and answer (a prompt that
+ends in a space, an answer that begins with a line break) the row is tokenized in pieces, so that generation starts from
+exactly the tokens that were trained.
 The BOS token is put in front by id, once: never by the post-processor, which would double a template's own.
 Rows of one template shape are masked together, by their special tokens (``landmarks``); the first and the last such row
 of every chunk are masked by their characters too, and should they differ, all rows are from then on.
+A plain row whose answer is its rest needs no characters either: its prompt's tokens say where the answer begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from eulerforge.data.landmarks import Landmarks, SpecialPlaces, learn
 from eulerforge.data.read import BadRows
-from eulerforge.data.render import WHOLE, Rendered
+from eulerforge.data.render import ANSWER_LAST, WHOLE, Rendered
 from eulerforge.data.tokenized import RowChunk
 from eulerforge.errors import DataError
 
@@ -41,13 +42,15 @@ Tokens = tuple[Ids, npt.NDArray[np.uint8]]
 class Encoded:
     """Encodings of rows; those of ``fast`` rows know no characters, and some of these are in ``checks`` with them.
 
-    ``borders`` are those of the other rows and of the checked ones.
+    ``borders`` are those of the other rows and of the checked ones; ``prompts`` the ids of each prompt by itself, where
+    the row's shape does not tell its tokens.
     """
 
     encodings: list[Any]
     fast: list[bool]
     checks: dict[int, Any]
     borders: dict[int, Borders]
+    prompts: dict[int, list[int]]
 
 
 class RowTokenizer:
@@ -77,7 +80,7 @@ class RowTokenizer:
 
         Without characters where the row's shape is known.
         """
-        fast = [row.shape == WHOLE or self._landmarks.get(row.shape) is not None for row in rendered]
+        fast = [row.shape < 0 or self._landmarks.get(row.shape) is not None for row in rendered]
         by_shape = [place for place, known in enumerate(fast) if known]
         checked = sorted({*by_shape[:1], *by_shape[-1:]})
         slow = [place for place, known in enumerate(fast) if not known]
@@ -88,17 +91,24 @@ class RowTokenizer:
         checks = dict(zip(checked, whole[len(slow) :], strict=True))
         places = [*slow, *checked]
         borders = dict(zip(places, self._borders([rendered[place] for place in places], whole), strict=True))
-        return Encoded([found[place] for place in range(len(fast))], fast, checks, borders)
+        asked = [place for place in by_shape if rendered[place].shape == ANSWER_LAST]
+        alone = self._ids_alone([rendered[place].text[: rendered[place].spans[0][0]] for place in asked])
+        prompts = dict(zip(asked, alone, strict=True))
+        return Encoded([found[place] for place in range(len(fast))], fast, checks, borders, prompts)
 
     def block(self, rendered: Sequence[Rendered], encoded: Encoded, bad: BadRows) -> RowChunk:
         """The rows' tokens and masks, one after another; a row that ``bad`` now names has none."""
         lists = [encoding.ids for encoding in encoded.encodings]
+        no_border = {place for place, alone in encoded.prompts.items() if lists[place][: len(alone)] != alone}
+        answers = {
+            place: len(lists[place]) - len(alone) for place, alone in encoded.prompts.items() if place not in no_border
+        }
         if self._bos is not None:
             lists = [self._with_bos(ids) for ids in lists]
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         tokens = np.fromiter(chain.from_iterable(lists), np.uint32, int(offsets[-1]))
-        labelled, missed = self._masked_by_shape(rendered, encoded.fast, tokens, offsets)
+        labelled, missed = self._masked_by_shape(rendered, encoded.fast, answers, tokens, offsets)
         checked = list(encoded.checks)
         checks = self.rows(
             [rendered[place] for place in checked],
@@ -109,16 +119,17 @@ class RowTokenizer:
         for place, row in zip(encoded.checks, checks, strict=True):
             part = slice(int(offsets[place]), int(offsets[place + 1]))
             same = row is not None and np.array_equal(row[0], tokens[part]) and np.array_equal(row[1], labelled[part])
-            if not same and place not in missed:
+            if not same and place not in missed and place not in no_border:
                 self._landmarks = dict.fromkeys(self._landmarks)
                 missed = [place for place, known in enumerate(encoded.fast) if known]
+                no_border = set()
                 break
-        slow = [place for place, known in enumerate(encoded.fast) if not known]
+        slow = [place for place, known in enumerate(encoded.fast) if not known or place in no_border]
         rows = self.rows(
             [rendered[place] for place in slow],
             [encoded.encodings[place] for place in slow],
             bad,
-            [encoded.borders[place] for place in slow],
+            [[None] if place in no_border else encoded.borders[place] for place in slow],
         )
         again = [rendered[place] for place in missed]
         rows += self.rows(again, self._encode([row.text for row in again]), bad)
@@ -136,9 +147,17 @@ class RowTokenizer:
         return RowChunk.of([other.get(place, part) for place, part in enumerate(parts)])
 
     def _masked_by_shape(
-        self, rendered: Sequence[Rendered], fast: Sequence[bool], tokens: Ids, offsets: npt.NDArray[np.int64]
+        self,
+        rendered: Sequence[Rendered],
+        fast: Sequence[bool],
+        answers: Mapping[int, int],
+        tokens: Ids,
+        offsets: npt.NDArray[np.int64],
     ) -> tuple[npt.NDArray[np.uint8], list[int]]:
-        """The mask of all rows whose shape is known, and the rows of these that are not as their shape says."""
+        """The mask of all rows whose shape is known, and the rows of these that are not as their shape says.
+
+        ``answers`` has the tokens of the answer of each row whose shape is ANSWER_LAST, where there is a border.
+        """
         borders = np.zeros(len(tokens) + 1, dtype=np.int8)
         missed: list[int] = []
         groups: dict[int, list[int]] = {}
@@ -150,6 +169,10 @@ class RowTokenizer:
             rows = np.array(group, dtype=np.int64)
             if shape == WHOLE:
                 spans = [np.stack([offsets[rows], offsets[rows + 1]], axis=1)]
+            elif shape == ANSWER_LAST:
+                rows = np.array([place for place in group if place in answers], dtype=np.int64)
+                counts = np.array([answers[place] for place in rows.tolist()], dtype=np.int64)
+                spans = [np.stack([offsets[rows + 1] - counts, offsets[rows + 1]], axis=1)]
             else:
                 landmarks = self._landmarks[shape]
                 if landmarks is None:  # forgotten since the rows were encoded
@@ -226,12 +249,15 @@ class RowTokenizer:
                     open_places.append((number, len(found[-1])))
                 found[-1].append(border)
         prompts = [rendered[number].text[: rendered[number].spans[span][0]] for number, span in open_places]
-        # only ids are compared: this variant does not track offsets
-        alone = self._backend.encode_batch_fast(prompts, add_special_tokens=False) if prompts else ()
-        for (number, span), encoding in zip(open_places, alone, strict=True):
-            before = encoding.ids
-            found[number][span] = len(before) if encoded[number].ids[: len(before)] == before else None
+        for (number, span), alone in zip(open_places, self._ids_alone(prompts), strict=True):
+            found[number][span] = len(alone) if encoded[number].ids[: len(alone)] == alone else None
         return found
+
+    def _ids_alone(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Ids of each prompt by itself; only ids are compared, so the variant that tracks no characters does."""
+        if not prompts:
+            return []
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(prompts, add_special_tokens=False)]
 
     def _border_behind_special(self, text: str, start: int, encoding: Any, ids: list[int]) -> tuple[bool, int | None]:
         """(whether it is known, the border) where a special token stands shortly before the end of the prompt."""
