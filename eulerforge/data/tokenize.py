@@ -266,7 +266,10 @@ class RowTokenizer:
             return not start, 0
         for index in range(place, max(-1, place - _TAIL_TOKENS), -1):
             if ids[index] in self._special:
-                tail = self._tail(ids[index], text[encoding.token_to_chars(index)[1] : start])
+                first, end = encoding.token_to_chars(index)
+                if end > start or text[first:end] != self._special[ids[index]]:
+                    break  # an unknown word, or a token that takes spaces with it: text was not cut here
+                tail = self._tail(ids[index], text[end:start])
                 end = index + 1 + len(tail)
                 return True, end if ids[index + 1 : end] == tail else None
         return False, None

@@ -8,6 +8,8 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from eulerforge.config.schema import DataConfig
 from eulerforge.data.cutting import NO_LABELS, TOO_LONG, Cutter
@@ -192,3 +194,17 @@ def test_cutting_a_chunk_equals_cutting_its_rows(most: int, drop: bool) -> None:
     assert (cutter.truncated, cutter.lost, cutter.longest) == counts
     assert chunk.origins[:, 1].tolist() == used.tolist()
     assert [len(pairs[row][0]) > most for row in used] == cut.tolist()
+
+
+@pytest.mark.parametrize("shape", [ANSWER_LAST, 0])
+def test_an_unknown_word_over_the_border_is_no_place_to_cut(shape: int) -> None:
+    """The row's ``<unk>`` for "ab" is no token of the prompt, which ends in "a", though it is a special one."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "a": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
+    bad = BadRows()
+    row = Rendered("q ab<eos>", ((3, 9),), "f:1", 1, shape=shape)
+    rows = RowTokenizer(tokenizer)
+    block = rows.block([row], rows.encode([row]), bad)
+    assert block.lengths.tolist() == [0]
+    assert "reaches over the border" in bad.problems[0].message
