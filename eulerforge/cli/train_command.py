@@ -123,8 +123,9 @@ def _preflight(args: argparse.Namespace, loaded: LoadedConfig, registry: Registr
         from eulerforge.training.preflight import preflight, preflight_lines
 
     out = Path(str(loaded.run.output_dir))
-    with out_of_memory_advice(loaded.run), contextlib.redirect_stdout(sys.stderr):  # whatever a plugin's layers print
-        made = assemble(loaded.run, registry, out=out, need_data=False, estimates=True, say=say)
+    # whatever a plugin's layers print
+    with out_of_memory_advice(loaded.run) as shortage, contextlib.redirect_stdout(sys.stderr):
+        made = assemble(loaded.run, registry, out=out, need_data=False, estimates=True, shortage=shortage, say=say)
         result = preflight(made)
     names = trainable_lines(made.model, made.phases) if args.debug_trainable_names else []
     if args.json:

@@ -28,7 +28,8 @@ from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.estimated import Estimated, NoEstimate, from_config, from_model
 from eulerforge.training.isolation import Isolation
 from eulerforge.training.layouts import plan_layout
-from eulerforge.training.memory import refuse_beyond_memory
+from eulerforge.training.limits import Room
+from eulerforge.training.memory import Shortage, refuse_beyond_memory
 from eulerforge.training.norms import Norms, quicken_norms
 from eulerforge.training.phases import PhasePlan
 from eulerforge.training.prefix import FrozenPrefix, first_trained_layer
@@ -112,12 +113,13 @@ def assemble(
     need_data: bool = True,
     estimates: bool = False,
     found: Callable[[BaseSource], None] = lambda source: None,
+    shortage: Shortage | None = None,
     say: Say = lambda text: None,
 ) -> Run:
     """Read the data, load the model, inject, resolve the phases: what is cheap to check comes first.
 
     ``found`` is called once the base's folder is known, before anything of it is loaded. With ``estimates`` the run
-    says what memory it will take before it is loaded, and knows it afterwards.
+    says what memory it will take before it is loaded, and knows it afterwards. ``shortage`` learns how it may be asked.
 
     Raises:
         EulerForgeError: the first thing that is wrong, as the part that found it says it.
@@ -144,9 +146,13 @@ def assemble(
         parity = check_parity(datasets, config.data, tokenizer)
         say(parity.line())
     wanted = estimates or config.training.gradient_checkpointing == "auto"
+    room = Room.now(device)
     estimated = from_config(config, registry, source.folder, datasets, device) if wanted else None
     if estimated is not None:
         say(estimated.line())
+    if shortage is not None:
+        early = estimated
+        shortage.estimate = lambda: early or from_config(config, registry, source.folder, datasets, device, room)
     loaded = load_model(config, device=device, tokenizer=tokenizer, source=source, say=say)
     injected, groups, phases = inject_and_plan(config, registry, loaded.model)
     warnings = [*injected.warnings, *phases.warnings, *(parity.warnings if parity is not None else ())]
@@ -165,7 +171,7 @@ def assemble(
     layers = list(injected.adapter.find_transformer_layers(loaded.model))
     prefix = _prefix(loaded.model, phases, datasets, say) if config.training.cache_frozen_prefix else None
     if isinstance(estimated, NoEstimate):
-        estimated = from_model(config, loaded.model, layers, phases, layout, source.folder, datasets, device)
+        estimated = from_model(config, loaded.model, layers, phases, layout, source.folder, datasets, device, room)
         say(f"with the weights there: {estimated.line()}")
     if isinstance(estimated, NoEstimate):
         warnings.append(estimated.line())

@@ -23,6 +23,7 @@ from eulerforge.training.estimate import Estimate
 from eulerforge.training.estimator import Estimator
 from eulerforge.training.largest import largest_micro_batch
 from eulerforge.training.layouts import plan_layout
+from eulerforge.training.limits import Room
 from eulerforge.training.peak import MicroBatch
 from eulerforge.training.phases import PhasePlan, enter_phase
 from eulerforge.training.recompute import SHARE_OF_FREE, choose_every, every_of, in_words
@@ -75,6 +76,20 @@ class Estimated:
             f" {found.tokens:,} tokens; {gib(found.base + found.free)} can be had"
         )
 
+    def shortage(self) -> tuple[str, int | None]:
+        """Of a run that failed for memory: what was expected, and the tokens of a micro-batch that should fit."""
+        found, longest = self.found, self.estimator.config.data.max_length
+        said = (
+            f"estimated {gib(found.peak)} at the peak, for a micro-batch of {found.tokens:,} tokens, where"
+            f" {gib(found.base + found.free)} could be had"
+        )
+        if found.fits:
+            return f"{said}: less than was needed, or another process or limit took the rest; ", None
+        if not self.largest_tokens:
+            return f"{said}: not even one row of {longest} tokens fits; ", None
+        rows = self.largest_tokens // longest
+        return f"{said}: the largest that fits is {self.largest_tokens:,} tokens, {rows} rows; ", self.largest_tokens
+
     def choice(self) -> str:
         """What ``auto`` chose, and why."""
         found = self.found
@@ -94,6 +109,10 @@ class NoEstimate:
         """What is said in the place of the estimate."""
         return f"no estimate of memory: {type(self.error).__name__}: {first_line(self.error)}"
 
+    def shortage(self) -> tuple[str, int | None]:
+        """As of an estimate: nothing."""
+        return "", None
+
     @property
     def every(self) -> int:
         """What ``auto`` takes where it cannot choose: the least memory."""
@@ -105,9 +124,17 @@ class NoEstimate:
 
 
 def from_config(
-    config: RunConfig, registry: Registry, folder: Path, datasets: Datasets | None, device: torch.device
+    config: RunConfig,
+    registry: Registry,
+    folder: Path,
+    datasets: Datasets | None,
+    device: torch.device,
+    room: Room | None = None,
 ) -> Estimated | NoEstimate:
-    """The estimate of a run whose model is in ``folder``; none where only the loaded model can tell."""
+    """The estimate of a run whose model is in ``folder``; none where only the loaded model can tell.
+
+    ``room`` is what there was before anything of it was loaded; None is what there is now.
+    """
     try:
         model = meta_model(config, base_dtype(config.model.load_precision, device))
         injected, _, phases = inject_and_plan(config, registry, model)
@@ -118,7 +145,7 @@ def from_config(
         return NoEstimate(error)
     layout, _ = plan_layout(config, registry, model, injected, 0, device, proven=False)
     layers = list(injected.adapter.find_transformer_layers(model))
-    return from_model(config, model, layers, phases, layout, folder, datasets, device)
+    return from_model(config, model, layers, phases, layout, folder, datasets, device, room)
 
 
 def from_model(
@@ -130,13 +157,13 @@ def from_model(
     folder: Path,
     datasets: Datasets | None,
     device: torch.device,
+    room: Room | None = None,
 ) -> Estimated | NoEstimate:
     """The estimate of a run whose model is injected and isolated, loaded or on the meta device.
 
     None where a layer cannot be computed by itself on a few tokens, whatever it raises: a plugin's may want weights
     that are not zero, or a layer below it.
     """
-    held = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.device.type == "cpu")
     file_dtype = stored_dtype(folder, trust_remote_code=config.model.trust_remote_code)
     rows: TokenizedRows | None = datasets.train if datasets is not None else None
     batch = largest_micro_batch(config, layout, rows)
@@ -151,7 +178,7 @@ def from_model(
             device=device,
             file_dtype=file_dtype,
             ever_trained=phases.trained_names,
-            held=held,
+            room=room,
         )
 
     made = []

@@ -17,9 +17,10 @@ from eulerforge.data.packing import Layout
 from eulerforge.models.device import base_dtype
 from eulerforge.models.quantized import QUANTIZED_MODES, parameter_count, plan_of
 from eulerforge.training.estimate import Estimate
-from eulerforge.training.heap import heap_bytes, settled_bytes
+from eulerforge.training.heap import heap_bytes
+from eulerforge.training.kernelcache import KEPT
 from eulerforge.training.layerblocks import LayerBlocks
-from eulerforge.training.limits import free_bytes
+from eulerforge.training.limits import Room
 from eulerforge.training.loss import BLOCK_NUMBERS, CHUNK_BYTES
 from eulerforge.training.onelayer import CHUNK, TOKENS, kind_of, record_layer
 from eulerforge.training.peak import LossBlocks, MicroBatch, step_peak
@@ -28,8 +29,9 @@ from eulerforge.training.recompute import SWITCH, enable_gradient_checkpointing
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig
 
-KERNELS = 48 << 20
-"""What oneDNN's compiled kernels of half-precision products take, bounded by ``training/kernelcache.py``."""
+KERNELS = KEPT * 576 << 10
+"""What oneDNN's compiled kernels of half-precision products take once as many are kept as may be. Measured: with one
+kept instead, what was alive in the heap of a run over mixed rows was 103 to 106 MiB less."""
 CUBLAS_WORKSPACE = 32 << 20
 """What cuBLAS takes on a Hopper card; less on others."""
 MOST_ROWS = 1 << 20
@@ -44,7 +46,7 @@ class Estimator:
         device: where the run would train.
         file_dtype: the precision of the weights on the disk.
         ever_trained: names of the parameters that some phase trains.
-        held: bytes of the model that are in this process already.
+        room: what there was before the model was loaded; None: what there is now, it is not loaded yet.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Estimator:
         device: torch.device,
         file_dtype: torch.dtype,
         ever_trained: Sequence[str],
-        held: int = 0,
+        room: Room | None = None,
     ) -> None:
         self.config, self.model, self.layers, self.layout = config, model, list(layers), layout
         self.device, self.file_dtype = device, file_dtype
@@ -67,7 +69,7 @@ class Estimator:
         self.trained = 4 * sum(parameters[name].numel() for name in ever_trained)
         self.base_numbers = sum(parameter_count(p) for p in parameters.values()) - self.trained // 4
         self._layers(0)  # before the next line, so that what the libraries take for themselves is counted
-        self.base = 0 if device.type == "cuda" else settled_bytes() - held
+        self.room = room or Room.now(device)
 
     def estimate(self, batch: MicroBatch, every: int) -> Estimate:
         """Of micro-batches of this size, each ``every``-th layer computed again (0: none)."""
@@ -79,7 +81,7 @@ class Estimator:
         weights, load, dequantized = self._weights(layers)
         kept = step.activations + step.gradients + optimizer
         return Estimate(
-            base=self.base,
+            base=self.room.base,
             weights=weights,
             adapters=self.trained,
             gradients=step.gradients,
@@ -88,8 +90,8 @@ class Estimator:
             loss=step.loss,
             workspace=step.workspace + _rooms(layers, batch) + dequantized + self._of_libraries,
             heap=heap_bytes(kept, step, self.dtype) if self.device.type == "cpu" else 0,
-            load=self.base + load,
-            free=free_bytes(self.device),
+            load=self.room.base + load,
+            free=self.room.free,
             tokens=batch.tokens,
         )
 

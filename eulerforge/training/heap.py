@@ -6,13 +6,9 @@ number of the estimate that is not counted: it was measured in ``benchmarks/esti
 
 from __future__ import annotations
 
-import ctypes
-import platform
-
 import torch
 
-from eulerforge.training.limits import resident_bytes
-from eulerforge.training.memory import peak_bytes
+from eulerforge.training.limits import is_glibc
 from eulerforge.training.peak import StepPeak
 
 HEAP_OF_KEPT = {False: 0.42, True: 0.88}
@@ -28,14 +24,3 @@ def heap_bytes(kept: int, step: StepPeak, dtype: torch.dtype) -> int:
         return 0
     of_workspace = HEAP_OF_SMALL * step.small + HEAP_OF_LARGE * (step.workspace - step.small)
     return int(HEAP_OF_KEPT[dtype == torch.float32] * kept + of_workspace)
-
-
-def settled_bytes() -> int:
-    """Bytes that the process holds, after the C library gave back what it can."""
-    if is_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
-    return resident_bytes() or peak_bytes(torch.device("cpu"))
-
-
-def is_glibc() -> bool:
-    return platform.libc_ver()[0] == "glibc"

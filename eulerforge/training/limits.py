@@ -6,13 +6,29 @@ that part is not subtracted.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from pathlib import Path
 
+import attrs
 import torch
 
 UNLIMITED = 1 << 60
 """What the first version of control groups says for no limit is a number about as large as this."""
+
+
+@attrs.frozen(kw_only=True)
+class Room:
+    """``base`` bytes that the process holds on the device, and ``free`` ones that it may still take."""
+
+    base: int
+    free: int
+
+    @classmethod
+    def now(cls, device: torch.device) -> Room:
+        """On the CPU after the C library gave back what it can; on CUDA torch's own, which is nothing at the start."""
+        return cls(base=0 if device.type == "cuda" else settled_bytes(), free=free_bytes(device))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -61,6 +77,18 @@ def resident_bytes() -> int | None:
     if not statm.exists():
         return None
     return int(statm.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def settled_bytes() -> int:
+    """Bytes that the process holds, after the C library gave back what it can; 0 where the system does not say."""
+    if is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes() or 0
+
+
+def is_glibc() -> bool:
+    """Whether the C library is glibc."""
+    return platform.libc_ver()[0] == "glibc"
 
 
 def _number(path: Path) -> int | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from torch import nn
 
@@ -18,6 +20,7 @@ from eulerforge.models.sizes import gib
 
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig
+    from eulerforge.training.estimated import Estimated, NoEstimate
 
 _CPU_MARKS = ("can't allocate memory", "out of memory", "DefaultCPUAllocator")
 
@@ -36,31 +39,54 @@ def peak_bytes(device: torch.device) -> int:
     return int(used if sys.platform == "darwin" else used * 1024)
 
 
+@attrs.define
+class Shortage:
+    """What is known of a run that may fail for memory; ``estimate`` is set once the run knows its model and rows."""
+
+    config: RunConfig
+    estimate: Callable[[], Estimated | NoEstimate] | None = None
+
+    def hint(self) -> str:
+        """The advice, behind the estimate's figures where they can be had."""
+        try:
+            made = self.estimate() if self.estimate is not None else None
+            words, largest = made.shortage() if made is not None else ("", None)
+        except Exception:  # noqa: BLE001 - what is reported is the error that came before
+            words, largest = "", None
+        return words + advice(self.config, largest)
+
+
 @contextmanager
-def out_of_memory_advice(config: RunConfig) -> Iterator[None]:
+def out_of_memory_advice(config: RunConfig) -> Iterator[Shortage]:
     """Turn an out-of-memory error of the block into one that says what to change, with the run's own numbers.
 
     Raises:
         RunError: the block ran out of memory.
     """
+    shortage = Shortage(config)
     try:
-        yield
+        yield shortage
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        # lets go of what the failed step held, for the estimate that is made next
+        traceback.clear_frames(error.__traceback__)
         raise RunError(
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'no memory left'}", hint=advice(config)
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'no memory left'}", hint=shortage.hint()
         ) from error
 
 
-def advice(config: RunConfig) -> str:
-    """What makes a run smaller, most effective first."""
-    training, parts = config.training, []
+def advice(config: RunConfig, largest: int | None = None) -> str:
+    """What makes a run smaller, most effective first; ``largest`` tokens of a micro-batch are known to fit."""
+    training, longest, parts = config.training, config.data.max_length, []
     if config.model.load_precision.mode not in ("int4", "int8"):
         parts.append(f"model.load_precision.mode=int4 (now {config.model.load_precision.mode})")
-    if training.batch_size > 1:
+    if config.data.packing == "flat" and largest and largest < (training.tokens_per_micro_batch or 1 << 60):
+        parts.append(f"training.tokens_per_micro_batch={largest} (the result stays the same)")
+    elif training.batch_size > 1:
         rows = training.batch_size * training.grad_accum_steps
-        smaller = max(size for size in range(1, training.batch_size // 2 + 1) if rows % size == 0)
+        most = training.batch_size // 2 if not largest else max(1, min(training.batch_size - 1, largest // longest))
+        smaller = max(size for size in range(1, most + 1) if rows % size == 0)
         accum = rows // smaller
         parts.append(
             f"training.batch_size={smaller} with training.grad_accum_steps={accum} (now {training.batch_size} and "
@@ -68,7 +94,7 @@ def advice(config: RunConfig) -> str:
         )
     if training.gradient_checkpointing != "all":
         parts.append("training.gradient_checkpointing=all")
-    parts.append(f"a smaller data.max_length (now {config.data.max_length})")
+    parts.append(f"a smaller data.max_length (now {longest})")
     rank = getattr(config.injection, "lora_r", None)
     if rank is not None and rank > 1:
         parts.append(f"a smaller injection.lora_r (now {rank})")

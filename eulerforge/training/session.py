@@ -74,14 +74,14 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
             say(f"{out} is finished: nothing is left to train")
             return _finished_summary(out)
         outdir.sweep(out, say)
-        with out_of_memory_advice(loaded.run):
+        with out_of_memory_advice(loaded.run) as shortage:
             hashing = BaseHash()
 
             def found(source: BaseSource) -> None:
                 outdir.refuse_base(out, source.folder)
                 hashing.begin(source.folder)
 
-            run = assemble(loaded.run, registry, out=out, found=found, say=say)
+            run = assemble(loaded.run, registry, out=out, found=found, shortage=shortage, say=say)
             return _Session(run, loaded, registry, options, hashing, say).train()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tinyrun
@@ -12,7 +14,10 @@ from torch import nn
 
 from eulerforge.errors import RunError
 from eulerforge.models.sizes import gib
-from eulerforge.training.memory import KeptForBackward, advice, out_of_memory_advice, peak_bytes
+from eulerforge.plugins import load_registry
+from eulerforge.training.limits import Room
+from eulerforge.training.memory import KeptForBackward, Shortage, advice, out_of_memory_advice, peak_bytes
+from eulerforge.training.peak import MicroBatch
 
 
 def test_gib() -> None:
@@ -51,6 +56,60 @@ def test_out_of_memory_becomes_advice_with_the_run_s_numbers(tmp_path: Path, err
     places = [hint.find(part) for part in parts]
     assert min(places) >= 0, hint
     assert places == sorted(places)
+
+
+def hint_after(config: Any, estimate: Callable[[], Any]) -> str:
+    """The hint of a run that failed for memory once its estimate could be asked."""
+
+    def failing() -> None:
+        with out_of_memory_advice(config) as shortage:
+            shortage.estimate = estimate
+            raise MemoryError
+
+    with pytest.raises(RunError) as failed:
+        failing()
+    return failed.value.problems[0].hint or ""
+
+
+@pytest.mark.parametrize("packing", ["flat", "off"])
+def test_the_advice_has_the_estimate_and_a_micro_batch_that_fits_it(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    run = make_run(training__batch_size=8, data__packing=packing, estimates=True)
+    estimator, longest = run.estimated.estimator, run.config.data.max_length
+    # room for two rows of the longest, and not for the largest micro-batch that the rows give
+    two = estimator.estimate(MicroBatch.of_rows(2, longest, packed=packing == "flat"), 0)
+    free = two.peak - two.base + 1000
+    estimator.room = Room(base=two.base, free=free)
+    run.estimated.__dict__["found"] = estimator.estimate(MicroBatch.of_rows(8, longest, packed=packing == "flat"), 0)
+    hint = hint_after(run.config, lambda: run.estimated)
+    assert f"the largest that fits is {2 * longest} tokens, 2 rows; " in hint
+    wanted = {"flat": f"training.tokens_per_micro_batch={2 * longest} ", "off": "training.batch_size=2 with "}
+    assert wanted[packing] in hint
+
+
+def test_advice_says_when_the_run_was_estimated_to_fit(make_run: Callable[..., Any]) -> None:
+    run = make_run(estimates=True)
+    hint = hint_after(run.config, lambda: run.estimated)
+    assert "less than was needed, or another process or limit took the rest; try, in this order" in hint
+
+
+def test_an_estimate_that_fails_costs_no_advice(tmp_path: Path) -> None:
+    config = tinyrun.loaded(tmp_path).run
+
+    def fails() -> Any:
+        raise MemoryError
+
+    assert hint_after(config, fails) == advice(config)
+
+
+def test_a_run_tells_how_its_estimate_is_made(make_run: Callable[..., Any], prepared: Path) -> None:
+    from eulerforge.training.assemble import assemble
+
+    run = make_run()
+    shortage = Shortage(run.config)
+    assemble(run.config, load_registry(), out=run.out, shortage=shortage)
+    assert shortage.hint().startswith("estimated ")
 
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eulerforge.errors import ConfigError, UsageError
-from eulerforge.training import estimator, recompute
+from eulerforge.training import limits, recompute
 from eulerforge.training.forward import label_token_loss
 from eulerforge.training.memory import KeptForBackward
 from eulerforge.training.phases import enter_phase
@@ -103,7 +103,7 @@ def test_auto_asks_the_estimate_and_says_what_it_chose(
     make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert make_run(training__gradient_checkpointing="auto").kept.every == 0
-    monkeypatch.setattr(estimator, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(limits, "free_bytes", lambda device: 1)
     run = make_run(training__gradient_checkpointing="auto")
     assert run.kept.every == 1
     assert all(layer.gradient_checkpointing for layer in run.model.get_decoder().layers)
