@@ -1,4 +1,4 @@
-"""How much memory this process may still take: what the machine has free, and what its container allows.
+"""How much memory this process may still take: what the machine has free, its container and ``ulimit -v`` allow.
 
 Notable: a container's limit counts the cache of read files too, which the kernel gives up before it kills anything, so
 that part is not subtracted.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 from pathlib import Path
 
 import attrs
@@ -38,7 +39,16 @@ def free_bytes(device: torch.device) -> int:
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     found = [machine_free(Path("/proc/meminfo"))]
     left = container_left(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    return min(found + ([left] if left is not None else []))
+    room = address_space_left()
+    return min([*found, *(bound for bound in (left, room) if bound is not None)])
+
+
+def address_space_left() -> int | None:
+    """What ``ulimit -v`` leaves of the addresses that this process may use; None without such a limit."""
+    limit, statm = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY or not statm.exists():
+        return None
+    return max(0, limit - int(statm.read_text(encoding="utf-8").split()[0]) * os.sysconf("SC_PAGE_SIZE"))
 
 
 def machine_free(meminfo: Path) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
-from eulerforge.training.limits import container_left, free_bytes, machine_free, resident_bytes
+from eulerforge.training.limits import address_space_left, container_left, free_bytes, machine_free, resident_bytes
 
 GIB = 1 << 30
 
@@ -64,3 +65,18 @@ def test_without_a_limit_there_is_none(tmp_path: Path, text: str) -> None:
 def test_this_process_holds_something_and_may_take_more() -> None:
     assert 1 << 20 < free_bytes(torch.device("cpu")) < 1 << 50
     assert (resident_bytes() or 1 << 30) > 10 << 20
+
+
+def test_a_limit_of_addresses_bounds_what_is_free() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if before[0] == resource.RLIM_INFINITY:
+        assert address_space_left() is None
+    used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + GIB, before[1]))
+    try:
+        left, free = address_space_left(), free_bytes(torch.device("cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert left is not None
+    assert 0.9 * GIB < left <= GIB
+    assert free <= left
