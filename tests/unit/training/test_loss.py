@@ -87,7 +87,20 @@ def test_the_room_for_logits_serves_evaluation_and_training_of_any_size() -> Non
         given = hidden.detach().requires_grad_()
         reference(head, given[:rows], labels[:rows], None).backward()
         torch.testing.assert_close(hidden.grad, given.grad, rtol=1e-5, atol=1e-6)
-    assert room_house._KEPT.rooms["logits", torch.float32].numel() == N * V
+    step = loss_room.ROWS_STEP
+    assert room_house._KEPT.rooms["logits", torch.float32].numel() == -(-N // step) * step * V
+
+
+def test_a_label_that_the_model_calls_impossible_has_a_finite_loss() -> None:
+    """Its probability, exp(-400), is 0 in fp32; the loss is 400 all the same, and its gradient -1."""
+    head = nn.Linear(2, 3, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.tensor([[400.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+    hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    got = summed_cross_entropy(head, hidden, torch.tensor([1]))
+    got.backward()
+    assert got.item() == 400
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[400.0, 0.0]]
 
 
 @pytest.mark.usefixtures("small_chunks")
