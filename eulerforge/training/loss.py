@@ -4,7 +4,7 @@ Notable: the head's product, the softmax and the gradient of the hidden states h
 a chunk's logits turn into their own gradient where they lie. So the loss needs ``CHUNK_BYTES`` and no more, whatever
 the vocabulary and however many tokens: fp32 logits of 2048 tokens at a vocabulary of 248,320 are 2 GB, more than many
 a base model. The slow reference beside it in the tests is ``F.cross_entropy(head(hidden).float())``.
-Suffixes of tensor names: N label tokens, C of them in a chunk, K in a block, H hidden width, V vocabulary, W a part of it.
+Suffixes of tensor names: N label tokens, C of them in a chunk, K in a block, H hidden width, V vocabulary, W part of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK_NUMBERS = 1 << 20
 COLUMNS = 2048
 """Logits of a row that one product makes on the CPU; wider ones leave the cache before the product is done."""
 ROWS_STEP = 16
-"""Rows of a product are a multiple of this on the CPU: with 682 or 578 of them one takes a fifth longer than with 672."""
+"""On the CPU a product has a multiple of so many rows: with 682 or 578 it takes a fifth longer than with 672."""
 
 
 def summed_cross_entropy(
