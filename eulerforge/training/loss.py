@@ -4,7 +4,7 @@ Notable: the head's product, the softmax and the gradient of the hidden states h
 a chunk's logits turn into their own gradient where they lie. So the loss needs ``CHUNK_BYTES`` and no more, whatever
 the vocabulary and however many tokens: fp32 logits of 2048 tokens at a vocabulary of 248,320 are 2 GB, more than many
 a base model. The slow reference beside it in the tests is ``F.cross_entropy(head(hidden).float())``.
-Suffixes of tensor names: N label tokens, C of them in a chunk, K in a block, H hidden width, V vocabulary, W part of it.
+Suffixes of tensor names: N label tokens, C of them in a chunk, K in a block, H hidden width, V vocabulary, W of them.
 """
 
 from __future__ import annotations
