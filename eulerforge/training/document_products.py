@@ -2,8 +2,8 @@
 
 Notable: the query heads that share a key head are rows of one product, token by token (row n G + g), so keys and values
 are never repeated and a block of queries is a view: all products read and write the whole batch's tensors in place. A
-block's keys end where its queries do, and only its last columns need the causal mask. The backward pass computes the
-probabilities again: nothing is kept but q, k and v.
+block's keys end where its queries do, and only its last columns need the causal mask. What is kept are q, k, v and the
+probabilities of documents that are short; the backward pass computes those of longer ones again.
 Suffixes of tensor names: N tokens of the whole batch, Q query heads, K key heads, G = Q / K, D head width, M = N x G;
 of one block of B tokens R = B x G rows and S keys.
 """
@@ -11,15 +11,17 @@ of one block of B tokens R = B x G rows and S keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+import attrs
 import torch
 from torch.autograd.function import once_differentiable
 
 BLOCK = 96
 """Tokens of a block: the scores of a block and its probabilities stay in the cache."""
+KEPT_SHARE = 2
+"""A document's probabilities are kept if they need at most so many times the memory of its q, k and v."""
 
 
 def document_products(
@@ -54,37 +56,94 @@ class _PerDocument(torch.autograd.Function):
     ) -> torch.Tensor:
         k_KND, v_KND = (states.transpose(0, 1).contiguous() for states in (k_NKD, v_NKD))
         q_KMD = _grouped(q_NQD, len(k_KND))
-        ctx.save_for_backward(q_KMD, k_KND, v_KND)
-        ctx.lengths, ctx.scores, ctx.heads = lengths, scores, q_NQD.shape[1]
+        ctx.scores, ctx.heads = scores, q_NQD.shape[1]
+        keeps = any(ctx.needs_input_grad) and scores.softcap is None  # a slope needs the scores themselves
+        most = _most_kept(ctx.heads, len(k_KND), q_NQD.shape[2]) if keeps else 0
+        ctx.blocks = _blocks(lengths, ctx.heads, len(k_KND), scores.window, BLOCK, most)
+        kept = q_KMD.new_empty(sum(math.prod(block.shape) for block in ctx.blocks if block.kept is not None))
         out_KMD = torch.empty_like(q_KMD)
-        for rows, keys in _blocks(lengths, ctx.heads // len(k_KND), scores.window):
-            p_KRS, _ = scores.probabilities(q_KMD[:, rows], k_KND[:, keys], ctx.heads // len(k_KND))
-            torch.bmm(p_KRS, v_KND[:, keys], out=out_KMD[:, rows])
+        for block in ctx.blocks:
+            p_KRS, _ = scores.probabilities(q_KMD, k_KND, block, block.part_of(kept))
+            torch.bmm(p_KRS, v_KND[:, block.keys], out=out_KMD[:, block.rows])
+        ctx.save_for_backward(q_KMD, k_KND, v_KND, kept)
         return _ungrouped(out_KMD, ctx.heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NQD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_KMD, k_KND, v_KND = ctx.saved_tensors
-        group = ctx.heads // len(k_KND)
+        q_KMD, k_KND, v_KND, kept = ctx.saved_tensors
         grad_KMD, dq_KMD = _grouped(grad_NQD, len(k_KND)), torch.empty_like(q_KMD)
         # several blocks add to the gradient of one key
         exact = torch.promote_types(q_KMD.dtype, torch.float32)
         dk_KND, dv_KND = (torch.zeros_like(states, dtype=exact) for states in (k_KND, v_KND))
-        for rows, keys in _blocks(ctx.lengths, group, ctx.scores.window):
-            q_KRD, k_KSD, grad_KRD = q_KMD[:, rows], k_KND[:, keys], grad_KMD[:, rows]
-            p_KRS, slope_KRS = ctx.scores.probabilities(q_KRD, k_KSD, group)
-            dv_KND[:, keys] += torch.bmm(p_KRS.mT, grad_KRD)
-            dp_KRS = torch.bmm(grad_KRD, v_KND[:, keys].mT)
+        for block in ctx.blocks:
+            q_KRD, k_KSD, grad_KRD = q_KMD[:, block.rows], k_KND[:, block.keys], grad_KMD[:, block.rows]
+            p_KRS, slope_KRS = block.part_of(kept), None
+            if p_KRS is None:
+                p_KRS, slope_KRS = ctx.scores.probabilities(q_KMD, k_KND, block)
+            dv_KND[:, block.keys] += torch.bmm(p_KRS.mT, grad_KRD)
+            dp_KRS = torch.bmm(grad_KRD, v_KND[:, block.keys].mT)
             ds_KRS = torch._softmax_backward_data(dp_KRS, p_KRS, -1, p_KRS.dtype)
             if slope_KRS is not None:
                 ds_KRS = ds_KRS * slope_KRS
-            torch.bmm(ds_KRS, k_KSD, out=dq_KMD[:, rows])
-            dk_KND[:, keys] += torch.bmm(ds_KRS.mT, q_KRD)
+            torch.bmm(ds_KRS, k_KSD, out=dq_KMD[:, block.rows])
+            dk_KND[:, block.keys] += torch.bmm(ds_KRS.mT, q_KRD)
         # the scale belongs to D columns here, instead of S
         dq_NQD = _ungrouped(dq_KMD.mul_(ctx.scores.scale), ctx.heads)
         dk_NKD = dk_KND.mul_(ctx.scores.scale).to(k_KND.dtype).transpose(0, 1)
         return dq_NQD, dk_NKD, dv_KND.to(v_KND.dtype).transpose(0, 1), None, None
+
+
+@attrs.frozen
+class _Block:
+    """Some tokens: their rows of M, the keys of N that they may see, and where their probabilities are kept, if so."""
+
+    tokens: int
+    rows: slice
+    keys: slice
+    shape: tuple[int, int, int]
+    kept: slice | None
+
+    def part_of(self, kept: torch.Tensor) -> torch.Tensor | None:
+        return None if self.kept is None else kept[self.kept].view(self.shape)
+
+
+@lru_cache(maxsize=16)
+def _blocks(
+    lengths: tuple[int, ...], heads: int, key_heads: int, window: int | None, size: int, most: int
+) -> tuple[_Block, ...]:
+    """The blocks of every document, of ``size`` tokens; kept are at most ``most`` probabilities per token of one.
+
+    All layers ask for those of the same batch.
+    """
+    group = heads // key_heads
+    blocks: list[_Block] = []
+    start = at = 0
+    for length in lengths:
+        mine = []
+        for first in range(start, start + length, size):
+            last = min(first + size, start + length)
+            low = start if window is None else max(start, first - window + 1)
+            mine.append((last - first, slice(first * group, last * group), slice(low, last)))
+        shapes = [(key_heads, tokens * group, keys.stop - keys.start) for tokens, _, keys in mine]
+        fits = sum(map(math.prod, shapes)) <= most * length
+        for (tokens, rows, keys), shape in zip(mine, shapes, strict=True):
+            end = at + math.prod(shape) if fits else at
+            blocks.append(_Block(tokens, rows, keys, shape, slice(at, end) if end > at else None))
+            at = end
+        start += length
+    return tuple(blocks)
+
+
+def kept_numbers(lengths: tuple[int, ...], heads: int, key_heads: int, width: int, window: int | None) -> int:
+    """Probabilities that a layer keeps from its forward to its backward pass, besides q, k and v."""
+    blocks = _blocks(lengths, heads, key_heads, window, BLOCK, _most_kept(heads, key_heads, width))
+    return sum(math.prod(block.shape) for block in blocks if block.kept is not None)
+
+
+def _most_kept(heads: int, key_heads: int, width: int) -> int:
+    """Probabilities per token that a document may keep."""
+    return KEPT_SHARE * (heads + 2 * key_heads) * width
 
 
 class _Scores:
@@ -94,22 +153,23 @@ class _Scores:
         self.scale, self.window, self.softcap = scale, window, softcap
 
     def probabilities(
-        self, q_KRD: torch.Tensor, k_KSD: torch.Tensor, group: int
+        self, q_KMD: torch.Tensor, k_KND: torch.Tensor, block: _Block, out_KRS: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(K, R, S), and the slope of the soft-capping where there is one."""
+        """(K, R, S) of a block, and the slope of the soft-capping where there is one."""
         scale = self.scale if self.softcap is None else self.scale / self.softcap
+        q_KRD, k_KSD = q_KMD[:, block.rows], k_KND[:, block.keys]
         s_KRS = torch.baddbmm(q_KRD.new_empty(1), q_KRD, k_KSD.mT, beta=0, alpha=scale)
         slope_KRS = None
         if self.softcap is not None:
             squashed_KRS = s_KRS.tanh_()
             slope_KRS, s_KRS = 1 - squashed_KRS**2, squashed_KRS * self.softcap
-        block, keys = s_KRS.shape[1] // group, s_KRS.shape[2]
+        group, keys = block.shape[1] // block.tokens, block.shape[2]
         if self.window is None or keys <= self.window:
             triangle = _kept_mask(BLOCK, BLOCK, None, group, s_KRS.dtype, s_KRS.device)
-            s_KRS[:, :, keys - block :] += triangle[: block * group, :block]
+            s_KRS[:, :, keys - block.tokens :] += triangle[: block.shape[1], : block.tokens]
         else:
-            s_KRS += _kept_mask(block, keys, self.window, group, s_KRS.dtype, s_KRS.device)
-        return torch.softmax(s_KRS, -1), slope_KRS
+            s_KRS += _kept_mask(block.tokens, keys, self.window, group, s_KRS.dtype, s_KRS.device)
+        return torch.softmax(s_KRS, -1, out=out_KRS), slope_KRS
 
 
 def causal_mask(
@@ -126,17 +186,6 @@ def causal_mask(
 
 
 _kept_mask = lru_cache(maxsize=32)(causal_mask)
-
-
-def _blocks(lengths: tuple[int, ...], group: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """(rows of M, keys of N that they may see) of every block of every document."""
-    start = 0
-    for length in lengths:
-        for first in range(start, start + length, BLOCK):
-            last = min(first + BLOCK, start + length)
-            low = start if window is None else max(start, first - window + 1)
-            yield slice(first * group, last * group), slice(low, last)
-        start += length
 
 
 def _grouped(x_NQD: torch.Tensor, heads: int) -> torch.Tensor:

@@ -111,6 +111,19 @@ def test_documents_lie_one_after_another() -> None:
     assert (batch.tokens, batch.label_tokens) == (9, 6)
 
 
+def test_a_long_line_on_the_cpu_is_filled_up_to_whole_steps_by_a_document_of_its_own() -> None:
+    rows = rows_of([500, 83])
+    batch = pack(rows, [[0, 1]], pad_id=7, device="cpu")
+    assert batch.segments is not None
+    assert batch.segments.lengths == (500, 83, 9)
+    assert batch.input_ids.shape == (1, 592)
+    assert batch.input_ids[0, 583:].tolist() == [7] * 9
+    assert batch.labels[0, 583:].unique().tolist() == [-100]
+    assert batch.tokens == 583
+    assert pack(rows, [[0]], pad_id=7, device="cpu").input_ids.shape == (1, 500)
+    assert pack(rows, [[0, 1]], pad_id=7, device="meta").input_ids.shape == (1, 583)
+
+
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_gather_pads_on_the_right_and_scatter_takes_back(lengths: list[int]) -> None:
     total = sum(lengths)

@@ -51,14 +51,20 @@ def reference(
     return torch.cat(out, 2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("block", [2, 256])
+@pytest.mark.parametrize(("block", "kept_share"), [(2, 0), (2, 0.4), (256, 2)])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_output_and_gradients_are_the_references(
-    heads: tuple[int, int], window: int | None, block: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    heads: tuple[int, int],
+    window: int | None,
+    block: int,
+    kept_share: float,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(document_products, "BLOCK", block)
+    monkeypatch.setattr(document_products, "KEPT_SHARE", kept_share)
     ours, expected = states(*heads), states(*heads)
     out, weights = documents_attention(
         MODULE, *ours, None, scaling=0.3, sliding_window=window, softcap=softcap, segments=segments()
@@ -71,6 +77,21 @@ def test_output_and_gradients_are_the_references(
         torch.autograd.grad(out, ours, upstream), torch.autograd.grad(wanted, expected, upstream), strict=True
     ):
         torch.testing.assert_close(found, true, rtol=1e-12, atol=1e-12)
+
+
+def test_short_documents_keep_their_probabilities_and_long_ones_do_not() -> None:
+    heads, key_heads, width = 9, 3, 64
+    short, long = 100, 2000
+    # blocks of 96 and 4 tokens, which see 96 and 100 keys
+    of_short = heads * (96 * 96 + 4 * 100)
+    assert document_products.kept_numbers((short, long, short), heads, key_heads, width, None) == 2 * of_short
+    most = document_products.KEPT_SHARE * (heads + 2 * key_heads) * width
+    assert of_short <= most * short
+    q, k, v = (torch.zeros(2 * short + long, count, width, requires_grad=True) for count in (heads, 3, 3))
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        document_products.document_products(q, k, v, (short, long, short), 1.0)
+    assert sum(saved) == 2 * of_short + q.numel() + k.numel() + v.numel()
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
