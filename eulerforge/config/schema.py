@@ -81,6 +81,9 @@ class DataConfig:
     )
     schema: Mapping[str, str] = setting(factory=dict, help="Column names of the file, such as {prompt = 'question'}")
     system_prompt: str | None = setting(None, help="System message put before every conversation that has none")
+    date: str | None = setting(
+        None, help="Day (YYYY-MM-DD) told to a chat template that writes the date; default: the day the run began"
+    )
     validation: ValidationConfig = setting(factory=ValidationConfig, help="Held-out rows")
     max_rows: int | None = setting(None, ge=1, help="Read this many rows at most")
     on_long: str = setting("truncate", choices=("truncate", "drop"), help="What happens to rows beyond max_length")

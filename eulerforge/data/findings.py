@@ -22,6 +22,8 @@ CUT = "answers cut before the token that ends them"
 DOUBLE_BOS = "double BOS"
 INNER_BOS = "a BOS inside of the row"
 WRITTEN = "a special token written out in a message"
+MORE_BOS = "more than one BOS token (as Llama 2's template writes them; most have one)"
+"""Behind an EOS each: right for some families, so it is said and stops no run."""
 STRAY = (DOUBLE_BOS, INNER_BOS, WRITTEN)
 SHOWN = 5
 Ids = np.ndarray[Any, Any]
@@ -51,6 +53,8 @@ class RowFindings:
     def __init__(self, tokenizer: Any) -> None:
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._special = special_ids(tokenizer)
+        # where the tokenizer puts none before a text it marks no begin: SmolLM2's, which begins ChatML's turns
+        self._begins_texts = self._bos is not None and tokenizer("a")["input_ids"][:1] == [self._bos]
         self._found: dict[str, tuple[int, list[tuple[int, int]]]] = {}
 
     def ending(self, row: Row, ids: Ids, labelled: Ids, origin: tuple[int, int]) -> None:
@@ -84,6 +88,10 @@ class RowFindings:
             if double or (self._eos != self._bos and closed[position] == closed[begun]):
                 noted.add(row)
                 self._note(DOUBLE_BOS if double else INNER_BOS, chunk.origins[row])
+        if self._begins_texts:
+            for row in np.flatnonzero(np.bincount(rows, minlength=len(ends)) > 1).tolist():
+                if row not in noted:
+                    self._note(MORE_BOS, chunk.origins[row])
 
     def _note(self, name: str, origin: Sequence[int]) -> None:
         count, first = self._found.get(name, (0, []))

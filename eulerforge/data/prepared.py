@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,8 +111,8 @@ class _Preparation:
         self._renderer = Renderer(config, tokenizer)
         if self._renderer.writes_the_day and config.format != "processed":
             self.notes.append(
-                "the chat template writes today's date into every row: tomorrow these are other rows, which --resume"
-                " refuses as changed data; a template without strftime_now gives the same rows every day"
+                f"the chat template writes the date into every row, here {self._renderer.day}; --resume keeps the day"
+                " on which the run began, and data.date names one for other runs"
             )
         self._processed = config.format == "processed"
         self._parser = RowParser(config.schema, processed=self._processed, vocabulary=len(tokenizer))
@@ -159,7 +158,7 @@ class _Preparation:
                 "max_length": config.max_length,
                 "on_long": config.on_long,
                 "max_rows": max_rows,
-                **({"day": str(date.today())} if self._renderer.writes_the_day else {}),
+                **({"day": str(self._renderer.day)} if self._renderer.writes_the_day else {}),
             }
         )
         return CacheEntry(folder=self._cache, key=key)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date, datetime, time
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -54,7 +55,8 @@ class Rendered:
 class Renderer:
     """Renders rows by the preset's template choice. Raises DataError when the choice cannot be met.
 
-    ``writes_the_day`` says that the template asks for today's date, so that rows of another day are other rows.
+    ``writes_the_day`` says that the template asks for the date, so that rows of another day are other rows; ``day`` is
+    what it is told, ``data.date`` or today.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -67,6 +69,11 @@ class Renderer:
             )
         self.uses_template = has_template and config.template != "none"
         self.writes_the_day = self.uses_template and "strftime_now" in str(tokenizer.chat_template)
+        try:
+            self.day = date.fromisoformat(config.date) if config.date else today()
+        except ValueError:
+            raise DataError(f"{config.date!r} is no day", key="data.date", hint="such as 2026-11-25") from None
+        self._template = _clock(self.day) + tokenizer.get_chat_template() if self.writes_the_day else None
         self._eos = tokenizer.eos_token or ""
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._closers = tuple(special | {token for token in tokenizer.all_special_tokens if token})
@@ -151,7 +158,11 @@ class Renderer:
 
     def _apply(self, messages: Sequence[Message], *, generate: bool = False) -> str:
         turns = [message.to_template() for message in messages]
-        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
+        return str(
+            self._tokenizer.apply_chat_template(
+                turns, chat_template=self._template, tokenize=False, add_generation_prompt=generate
+            )
+        )
 
     def _templated(self, messages: Sequence[Message]) -> tuple[str, tuple[tuple[int, int], ...]]:
         text = self._apply(messages)
@@ -251,6 +262,27 @@ def prompt_text(renderer: Renderer, row: Row) -> str:
         raise DataError(
             f"the chat template refuses this prompt: {error}", key="data.template", hint=_NO_TEMPLATE_HINT
         ) from error
+
+
+def _clock(day: date) -> str:
+    """A macro ``strftime_now`` that hides transformers' own, which takes no clock: it tells 0:00 of ``day``."""
+    midnight = datetime.combine(day, time())
+    letters = [*"aAwdbBmyYHIpMSfzZjUWcxXGuV", *(f"-{letter}" for letter in "dmHIMSj")]
+    told = {f"%{letter}": midnight.strftime(f"%{letter}") for letter in letters}
+    replaced = "".join(f" | replace({was!r}, {now!r})" for was, now in told.items())
+    return "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro +%}"
+
+
+def today() -> date:
+    """The day that a template is told where ``data.date`` names none."""
+    return date.today()
+
+
+def dated(config: DataConfig, tokenizer: PreTrainedTokenizerBase, began: str | None) -> DataConfig:
+    """With ``data.date`` where the template writes it: as given, else the day ``began``, else today."""
+    if config.date or config.format == "processed" or not Renderer(config, tokenizer).writes_the_day:
+        return config
+    return attrs.evolve(config, date=began or str(today()))
 
 
 class _NotAPrefixError(Exception):

@@ -17,6 +17,7 @@ from eulerforge.data.batches import pad_id
 from eulerforge.data.packing import Layout, Lines, token_budget
 from eulerforge.data.parity import Parity, check_parity
 from eulerforge.data.prepared import Datasets, build_dataset
+from eulerforge.data.render import dated
 from eulerforge.errors import UsageError
 from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model, load_tokenizer
@@ -112,6 +113,7 @@ def assemble(
     out: Path,
     need_data: bool = True,
     estimates: bool = False,
+    began: str | None = None,
     found: Callable[[BaseSource], None] = lambda source: None,
     shortage: Shortage | None = None,
     say: Say = lambda text: None,
@@ -120,6 +122,7 @@ def assemble(
 
     ``found`` is called once the base's folder is known, before anything of it is loaded. With ``estimates`` the run
     says what memory it will take before it is loaded, and knows it afterwards. ``shortage`` learns how it may be asked.
+    ``began`` is the day that a chat template is told, of a run that goes on.
 
     Raises:
         EulerForgeError: the first thing that is wrong, as the part that found it says it.
@@ -140,6 +143,9 @@ def assemble(
     parity: Parity | None = None
     if need_data or config.data.path:
         tokenizer = load_tokenizer(config, source=source)
+        config = attrs.evolve(config, data=dated(config.data, tokenizer, began))
+        if began and config.data.date == began:
+            say(f"the chat template writes the date: rows are rendered as of {began}, when this run began")
         datasets = build_dataset(config.data, tokenizer, seed=config.seed)
         for line in datasets.report.lines():
             say(line)

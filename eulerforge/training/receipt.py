@@ -87,6 +87,7 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: 
             "code_of_its_own": run.config.model.trust_remote_code,
         },
         "data": {
+            "date": run.config.data.date,
             "train_sha256": run.datasets.train.sha256,
             "validation_sha256": validation.sha256 if validation is not None else None,
             # whether the tokens came from the cache differs between two runs of the same rows
@@ -103,6 +104,13 @@ def read_receipt(out: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def day_of(receipt: dict[str, Any]) -> str | None:
+    """The day that the run's rows were rendered with; None where no template writes one."""
+    data = receipt.get("data")
+    day = data.get("date") if isinstance(data, dict) else None
+    return day if isinstance(day, str) else None
 
 
 def _version(name: str) -> str | None:

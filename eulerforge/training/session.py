@@ -35,7 +35,7 @@ from eulerforge.training.metrics import MetricsLog
 from eulerforge.training.optimizer import make_optimizer
 from eulerforge.training.progress import Progress, make_progress
 from eulerforge.training.prompts import sample_prompts
-from eulerforge.training.receipt import make_receipt, read_receipt
+from eulerforge.training.receipt import day_of, make_receipt, read_receipt
 from eulerforge.training.signals import StopRequest
 from eulerforge.training.summary import make_summary
 
@@ -81,7 +81,10 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
                 outdir.refuse_base(out, source.folder)
                 hashing.begin(source.folder)
 
-            run = assemble(loaded.run, registry, out=out, found=found, shortage=shortage, say=say)
+            began = day_of(read_receipt(out)) if options.resume else None
+            run = assemble(loaded.run, registry, out=out, began=began, found=found, shortage=shortage, say=say)
+            # with the day that its rows were rendered with
+            loaded = attrs.evolve(loaded, run=run.config)
             return _Session(run, loaded, registry, options, hashing, say).train()
 
 

@@ -23,7 +23,15 @@ FORMATS = ("toml", "yml")
 # Keys that exclude others of the base tree; they are tried where they stand in for them.
 EXCLUDED = {"data.validation.fraction", "data.validation.path", "training.num_epochs", "injection.layer_indices"}
 # Free text: any string is a value that only the model, the hub or the device can judge.
-FREE_TEXT = {"model_name", "device", "output_dir", "model.revision", "model.attn_implementation", "data.system_prompt"}
+FREE_TEXT = {
+    "model_name",
+    "device",
+    "output_dir",
+    "model.revision",
+    "model.attn_implementation",
+    "data.system_prompt",
+    "data.date",
+}
 
 
 @attrs.frozen(kw_only=True)

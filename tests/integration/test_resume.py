@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import tinyrun
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from eulerforge.cli.main import main
 
@@ -122,6 +124,33 @@ def test_every_row_is_seen_once_an_epoch(straight: Path) -> None:
     seen = [row for step in range(19) for part in plan.step_rows(step) for row in part]
     for epoch in range(4):
         assert sorted(seen[19 * epoch : 19 * (epoch + 1)]) == list(range(19))
+
+
+def test_a_run_with_the_date_in_its_rows_goes_on_after_midnight(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tinyrun.prepare(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder / "base")
+    settings = {**SETTINGS, "training__max_train_steps": 3, "training__phases": None, "data__template": "chat"}
+    monkeypatch.setattr("eulerforge.data.render.today", lambda: date(2026, 12, 31))
+    assert main(tinyrun.arguments(folder, **settings)) == 0
+    out = interrupted(folder / "run", tmp_path / "again", 2)
+    assert 'date = "2026-12-31"' in (out / "resolved_config.toml").read_text()
+    capsys.readouterr()
+    monkeypatch.setattr("eulerforge.data.render.today", lambda: date(2027, 1, 1))
+    assert resume(folder / "run", out, **settings | {"output_dir": str(out)}) == 0
+    assert "rows are rendered as of 2026-12-31" in capsys.readouterr().err
+    assert_same(folder / "run" / "checkpoint-3", out / "checkpoint-3")
+    # another day that was asked for is other data
+    shutil.rmtree(out)
+    interrupted(folder / "run", out, 2)
+    assert resume(folder / "run", out, **settings | {"output_dir": str(out), "data__date": "2027-01-01"}) == 2
+    assert "data: was" in capsys.readouterr().err
 
 
 def test_a_finished_run_resumed_does_nothing(

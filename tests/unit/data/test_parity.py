@@ -76,6 +76,15 @@ def test_a_bos_that_begins_a_sequence_of_its_own_is_the_templates_right(gate: Ga
     assert gate(with_template(EXCHANGES), [{"messages": turns}]).stopped == 1
 
 
+def test_more_than_one_bos_is_counted_where_the_tokenizer_begins_a_text_with_it(
+    write_rows: Write, data_config: Any, with_template: Any
+) -> None:
+    turns = [{"role": role, "content": f"turn {turn}"} for turn in range(3) for role in ("user", "assistant")]
+    config = data_config(path=(write_rows([{"messages": turns}, {"messages": turns[:2]}, {"messages": turns}]),))
+    lines = build_dataset(config, with_template(EXCHANGES)).report.lines()
+    assert any(line.startswith("  2 rows with more than one BOS token") and "lines 1, 3 of" in line for line in lines)
+
+
 def test_a_bos_that_is_the_mark_of_every_turn_is_the_templates_right(gate: Gate, chatml: Any) -> None:
     """SmolLM2: BOS and EOS are ChatML's own marks, and a newline stands between one turn's end and the next's begin."""
     chatml = copy.deepcopy(chatml)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eulerforge.data.parity import check_parity
 from eulerforge.data.prepared import build_dataset
+from eulerforge.data.render import dated, render_prompt
 from eulerforge.errors import DataError
 
 TALK = [
@@ -243,6 +244,10 @@ DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\
 """As SmolLM3's, Mistral's and Llama 3.2's write it."""
 
 
+def rendered_text(tokenizer: Any, config: Any) -> str:
+    return str(tokenizer.decode(render_prompt(tokenizer, config, "Hello")))
+
+
 def test_rows_with_yesterday_s_date_are_not_taken_from_the_cache(
     made: Any, write_rows: Any, data_config: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,14 +255,17 @@ def test_rows_with_yesterday_s_date_are_not_taken_from_the_cache(
     config = data_config(path=(write_rows([{"messages": PAIR}] * 3),), cache=True)
     made_at = [build_dataset(config, tokenizer, cache_dir=tmp_path).report for _ in range(2)]
     assert [report.cache for report in made_at] == ["built", "hit"]
-    assert any("the chat template writes today's date" in note for note in made_at[0].notes)
-
-    class Tomorrow(date):
-        @classmethod
-        def today(cls) -> Any:
-            return date.today() + timedelta(days=1)
-
-    monkeypatch.setattr("eulerforge.data.prepared.date", Tomorrow)
+    assert any("the chat template writes the date" in note for note in made_at[0].notes)
+    began = dated(config, tokenizer, None)
+    assert began.date == str(date.today())
+    assert f"Today is {date.today():%d %b %Y}." in rendered_text(tokenizer, began)
+    monkeypatch.setattr("eulerforge.data.render.today", lambda: date.today() + timedelta(days=1))
+    assert f"Today is {date.today():%d %b %Y}." in rendered_text(tokenizer, began)
+    assert f"Today is {date.today() + timedelta(days=1):%d %b %Y}." in rendered_text(tokenizer, config)
+    assert build_dataset(began, tokenizer, cache_dir=tmp_path).report.cache == "hit"
+    assert dated(config, tokenizer, "2020-02-29").date == "2020-02-29"
+    with pytest.raises(DataError, match="is no day"):
+        rendered_text(tokenizer, attrs.evolve(config, date="29.2.2020"))
     assert build_dataset(config, tokenizer, cache_dir=tmp_path).report.cache == "built"
     plain = made(FAMILIES["chatml"])
     assert build_dataset(config, plain, cache_dir=tmp_path).report.notes == ()
