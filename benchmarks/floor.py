@@ -1,9 +1,9 @@
 """How far a step is from the limit: the FLOP that nobody can save, over the products that this machine can do.
 
 FLOP of a token = 4 N_body + 6 N_lora + 4 V h (share of label tokens) + 3.5 (attention, forward): frozen weights need
-two products, adapters three, and the head only for labels. The peak is measured twice, before and after the training
-and in the same way: the largest rate of a large square product, and the rate over this model's own products, weighted
-by their FLOP. Speed is the steps after the first of the real command (``ours_run.py``), in CPU seconds of one thread.
+two products, adapters three, and the head only for labels. The rate is that of a large square product, measured between
+the steps of the real command (``ours_run.py --products``), in CPU seconds of one thread: on a shared machine both slow
+down together. The rate over this model's own products, weighted by their FLOP, is measured beforehand, to compare.
 
     python benchmarks/floor.py --steps 8
 """
@@ -11,6 +11,7 @@ by their FLOP. Speed is the steps after the first of the real command (``ours_ru
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ def products(config: Any, rank: int) -> list[tuple[int, int, int]]:
 
 
 def peaks(config: Any, rank: int, dtype: str) -> dict[str, float]:
-    """GFLOP/s of one thread, the best of 12 of each product; runs in a process of its own."""
+    """FLOP per second of one thread, the best of 12 of each product; runs in a process of its own."""
     import time
 
     import torch
@@ -55,7 +56,7 @@ def peaks(config: Any, rank: int, dtype: str) -> dict[str, float]:
 
     own = [(into * out * count, count * seconds(ROWS, into, out)) for into, out, count in products(config, rank)]
     square = 2 * 2048**3 / seconds(2048, 2048, 2048)
-    return {"square": square / 1e9, "own": 2 * ROWS * sum(n for n, _ in own) / sum(s for _, s in own) / 1e9}
+    return {"square": square, "own": 2 * ROWS * sum(n for n, _ in own) / sum(s for _, s in own)}
 
 
 def flop_per_token(config: Any, rank: int, rows: list[dict[str, list[int]]]) -> float:
@@ -88,19 +89,22 @@ def main() -> None:
         side_by_side.prepare(args, model, folder)
         config = AutoConfig.from_pretrained(model)
         command = [sys.executable, __file__, "--peaks", str(model), str(args.rank), args.dtype]
-        measured, speeds = [], []
-        for number in range(args.rounds + 1):
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            measured.append(json.loads(done.stdout.splitlines()[-1]))
-            if number < args.rounds:
-                speeds.append(side_by_side.run(side_by_side.OURS, args, model, folder)["tokens_per_s"])
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak = json.loads(done.stdout.splitlines()[-1])
+        script, flags = side_by_side.RIVALS[side_by_side.OURS]
+        side_by_side.RIVALS[side_by_side.OURS] = (script, [*flags, "--products"])
+        rounds = [side_by_side.run(side_by_side.OURS, args, model, folder) for _ in range(args.rounds)]
         flop = flop_per_token(config, args.rank, read_jsonl(folder / "rows.jsonl"))
-    best = max(speeds)
-    print(f"{flop / 1e6:.0f} MFLOP per token; ours, tokens per CPU second: {[round(speed, 1) for speed in speeds]}")
-    for kind, words in (("square", "a 2048 x 2048 x 2048 product"), ("own", "the model's own products")):
-        rate = max(one[kind] for one in measured)
-        floor = rate * 1e9 / flop
-        print(f"{words}: {rate:.0f} GFLOP/s, floor {floor:.0f} tokens/s, ours within {floor / best:.2f}x of it")
+    steps = [step for one in rounds for step in one["steps"][1:]]
+    each = [step["cpu"] * step["product_rate"] / (step["tokens"] * flop) for step in steps]
+    least = [step["tokens"] * flop / step["product_rate"] for step in steps]
+    whole = sum(step["cpu"] for step in steps) / sum(least)
+    rates = [step["product_rate"] / 1e9 for step in steps]
+    speeds = [round(one["tokens_per_s"], 1) for one in rounds]
+    print(f"{flop / 1e6:.0f} MFLOP per token; ours, tokens per CPU second: {speeds}")
+    print(f"GFLOP/s of a 2048 x 2048 x 2048 product {peak['square'] / 1e9:.0f}, of our own {peak['own'] / 1e9:.0f}")
+    print(f"between the steps: {min(rates):.0f} to {max(rates):.0f} GFLOP/s")
+    print(f"within {whole:.2f}x of the floor; the median step {statistics.median(each):.2f}x, of {len(each)}")
 
 
 if __name__ == "__main__":

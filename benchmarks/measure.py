@@ -14,23 +14,31 @@ IGNORED = -100
 
 
 class StepClock:
-    """Wall and CPU seconds of each optimizer step; ``tokens`` are real tokens, padding left out."""
+    """Wall and CPU seconds of each optimizer step; ``tokens`` are real tokens, padding left out.
 
-    def __init__(self, path: Path) -> None:
+    With ``products`` the rate of a large matrix product in that precision is measured between the steps.
+    """
+
+    def __init__(self, path: Path, *, products: torch.dtype | None = None) -> None:
         self.path = path
+        self.products = products
         self.peak_rss = 0
         path.write_text("", encoding="utf-8")
         self.mark()
 
     def mark(self) -> None:
+        if self.products is not None:
+            self._rate = product_rate(self.products)
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def step(self, number: int, loss: float, tokens: int) -> None:
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         # kept per step, so that what is measured after the training does not count
         self.peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self._write({"step": number, "loss": loss, "tokens": tokens, "wall": wall, "cpu": cpu})
+        row = {"step": number, "loss": loss, "tokens": tokens, "wall": wall, "cpu": cpu}
+        before = self._rate if self.products is not None else None
         self.mark()
+        self._write(row if before is None else {**row, "product_rate": (before + self._rate) / 2})
 
     def done(self, **facts: Any) -> None:
         cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
@@ -39,6 +47,18 @@ class StepClock:
     def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def product_rate(dtype: torch.dtype, width: int = 2048) -> float:
+    """FLOP per CPU second of a square product, the best of four."""
+    generator = torch.Generator().manual_seed(0)  # torch's own would change the run's dropout
+    x, y = (torch.randn(width, width, generator=generator).to(dtype) for _ in range(2))
+    out, best = torch.empty_like(x), float("inf")
+    for _ in range(4):
+        began = time.process_time()
+        torch.mm(x, y, out=out)
+        best = min(best, time.process_time() - began)
+    return 2 * width**3 / best
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from measure import StepClock, plain_held_out_loss
 from peers.peft_loop import arguments
 from rows import read_jsonl
@@ -57,7 +58,8 @@ def main() -> None:
     from eulerforge.cli.main import main as eulerforge
     from eulerforge.training.metrics import MetricsLog
 
-    clock = StepClock(args.out)
+    precision = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    clock = StepClock(args.out, products=precision if args.products else None)
     write = MetricsLog.write
 
     def noted(log: MetricsLog, row: dict) -> None:

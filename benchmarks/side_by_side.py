@@ -167,6 +167,7 @@ def run(rival: str, args: argparse.Namespace, model: Path, folder: Path) -> dict
         "peak_bytes": end["peak_rss"] if args.device == "cpu" else end["peak_cuda"],
         "losses": [row["loss"] for row in steps],
         "held_out": end["held_out"],
+        "steps": steps,
     }
 
 

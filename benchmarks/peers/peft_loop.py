@@ -88,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sorted", action="store_true")
+    parser.add_argument("--products", action="store_true", help="ours only: time a matrix product between the steps")
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     return parser.parse_args()

@@ -11,6 +11,8 @@ of one block of B tokens R = B x G rows and S keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -144,6 +146,17 @@ def kept_numbers(lengths: tuple[int, ...], heads: int, key_heads: int, width: in
 def _most_kept(heads: int, key_heads: int, width: int) -> int:
     """Probabilities per token that a document may keep."""
     return KEPT_SHARE * (heads + 2 * key_heads) * width
+
+
+@contextmanager
+def none_kept() -> Iterator[None]:
+    """No probabilities are kept for a while: for who counts what a layer keeps per token, and adds them by itself."""
+    global KEPT_SHARE
+    share, KEPT_SHARE = KEPT_SHARE, 0
+    try:
+        yield
+    finally:
+        KEPT_SHARE = share
 
 
 class _Scores:

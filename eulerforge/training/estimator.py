@@ -7,6 +7,7 @@ measured. What the C library's heap holds beside the blocks that are alive is in
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,13 @@ from torch import nn
 from eulerforge.data.packing import Layout
 from eulerforge.models.device import base_dtype
 from eulerforge.models.quantized import QUANTIZED_MODES, parameter_count, plan_of
+from eulerforge.training.document_products import kept_numbers
 from eulerforge.training.estimate import Estimate
 from eulerforge.training.heap import heap_bytes
 from eulerforge.training.kernelcache import KEPT
 from eulerforge.training.layerblocks import LayerBlocks
 from eulerforge.training.limits import Room
-from eulerforge.training.loss import BLOCK_NUMBERS, CHUNK_BYTES
+from eulerforge.training.loss import BLOCK_NUMBERS, chunk_rows
 from eulerforge.training.onelayer import CHUNK, TOKENS, kind_of, record_layer
 from eulerforge.training.peak import LossBlocks, MicroBatch, step_peak
 from eulerforge.training.recompute import SWITCH, enable_gradient_checkpointing
@@ -79,14 +81,15 @@ class Estimator:
         step = step_peak(layers, batch, self._loss(batch.tokens), accumulates=accumulates)
         optimizer = self.trained * 2 if training.optimizer == "adamw" else self.trained // 2
         weights, load, dequantized = self._weights(layers)
-        kept = step.activations + step.gradients + optimizer
+        activations = step.activations + self._probabilities(batch, every)
+        kept = activations + step.gradients + optimizer
         return Estimate(
             base=self.room.base,
             weights=weights,
             adapters=self.trained,
             gradients=step.gradients,
             optimizer=optimizer,
-            activations=step.activations,
+            activations=activations,
             loss=step.loss,
             workspace=step.workspace + _rooms(layers, batch) + dequantized + self._of_libraries,
             heap=heap_bytes(kept, step, self.dtype) if self.device.type == "cpu" else 0,
@@ -94,6 +97,30 @@ class Estimator:
             free=self.room.free,
             tokens=batch.tokens,
         )
+
+    def _probabilities(self, batch: MicroBatch, every: int) -> int:
+        """Bytes of those that attention keeps for its backward pass (``training/document_products.py``)."""
+        text = self.model.config.get_text_config()
+        if self.device.type != "cpu" or not batch.documents or getattr(text, "attn_logit_softcapping", None):
+            return 0
+        heads = int(text.num_attention_heads)
+        key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+        width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        windows = [
+            getattr(text, "sliding_window", None) if kind == "sliding_attention" else None
+            for index, kind in enumerate(self._layer_types)
+            if kind != "linear_attention" and not (every and index % every == every - 1)
+        ]
+        if every:
+            windows.append(None)  # the one that is being computed again
+        return sum(
+            count * kept_numbers(batch.documents, heads, key_heads, width, window) * self.dtype.itemsize
+            for window, count in Counter(windows).items()
+        )
+
+    @property
+    def _layer_types(self) -> list[str]:
+        return getattr(self.model.config.get_text_config(), "layer_types", None) or [""] * len(self.layers)
 
     def largest_batch(self, every: int, *, longest: int) -> int:
         """Tokens of the largest micro-batch of rows of ``longest`` tokens that fits; 0 when not even one row does."""
@@ -158,8 +185,7 @@ class Estimator:
         """As ``training/loss.py`` computes it: a chunk of logits, a block of it in fp32, states and their gradient."""
         text = self.model.config.get_text_config()
         vocabulary, width, size = int(text.vocab_size), int(text.hidden_size), self.dtype.itemsize
-        chunk = CHUNK_BYTES["cpu" if self.device.type == "cpu" else "cuda"]
-        rows = min(tokens, max(1, chunk // (size * vocabulary)))
+        rows = min(tokens, chunk_rows(vocabulary, size, self.device))
         block = min(rows, max(1, BLOCK_NUMBERS // vocabulary)) if self.device.type == "cpu" else rows
         softcap = 2 if getattr(text, "final_logit_softcapping", None) else 1
         work = 4 * block * vocabulary * softcap + 3 * tokens * width * size
@@ -172,7 +198,7 @@ class Estimator:
         try:
             trains = [any(p.requires_grad for p in layer.parameters()) for layer in self.layers]
             below = any(p.requires_grad for p in self.model.get_input_embeddings().parameters())
-            types = getattr(self.model.config.get_text_config(), "layer_types", None) or [""] * len(self.layers)
+            types = self._layer_types
             for index, layer in enumerate(self.layers):
                 if hasattr(layer, SWITCH):
                     setattr(layer, SWITCH, bool(every) and index % every == every - 1)

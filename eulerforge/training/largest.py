@@ -39,5 +39,6 @@ def largest_micro_batch(config: RunConfig, layout: Layout, rows: TokenizedRows |
                 # documents as rows, and linear attention in chunks
                 width = -(-longest // CHUNK) * CHUNK * max(len(line) for line in lengths)
             square = longest * min(BLOCK, longest) if packed else len(lines) * width * width
-            found.append(MicroBatch(tokens=len(lines) * width, square=square))
+            documents = tuple(length for line in lengths for length in line) if packed else ()
+            found.append(MicroBatch(tokens=len(lines) * width, square=square, documents=documents))
     return max(found, key=lambda batch: batch.tokens)

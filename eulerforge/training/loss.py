@@ -46,7 +46,7 @@ def summed_cross_entropy(
         return loss
     total = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
     # the logits of the checkpoint, their fp32 copy and its gradient are all there at once
-    chunk = _chunk_rows(_vocabulary(head, hidden_NH), 12, hidden_NH.device)
+    chunk = chunk_rows(_vocabulary(head, hidden_NH), 12, hidden_NH.device)
     for start in range(0, len(labels_N), chunk):
         part_CH, part_C = hidden_NH[start : start + chunk], labels_N[start : start + chunk]
         total = total + checkpoint(
@@ -85,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         on_cpu = hidden_NH.device.type == "cpu"
         states_NH = F.pad(hidden_NH, (0, 0, 0, -count % ROWS_STEP)) if on_cpu else hidden_NH
         grad_hidden_NH = torch.empty_like(states_NH, memory_format=torch.contiguous_format) if wants_hidden else None
-        chunk = _chunk_rows(vocabulary, hidden_NH.element_size(), hidden_NH.device)
+        chunk = chunk_rows(vocabulary, hidden_NH.element_size(), hidden_NH.device)
         room_CV = room("logits", (min(chunk, len(states_NH)), vocabulary), hidden_NH)
         width = COLUMNS if on_cpu else vocabulary
         for start in range(0, count, chunk):
@@ -161,7 +161,8 @@ def _chunk_loss(
     return F.cross_entropy(logits_CV, labels_C, reduction="sum")
 
 
-def _chunk_rows(vocabulary: int, bytes_each: int, device: torch.device) -> int:
+def chunk_rows(vocabulary: int, bytes_each: int, device: torch.device) -> int:
+    """Rows whose logits are there at once."""
     budget = CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
     rows = max(1, budget // (bytes_each * vocabulary))
     return rows // ROWS_STEP * ROWS_STEP or rows

@@ -20,7 +20,7 @@ from eulerforge.data.packing import Segments
 from eulerforge.lora.adapted import AdaptedModule
 from eulerforge.lora.room import fresh_rooms
 from eulerforge.training.blocks import BlockRecord, Size
-from eulerforge.training.document_products import BLOCK
+from eulerforge.training.document_products import BLOCK, none_kept
 from eulerforge.training.forward import hidden_states
 from eulerforge.training.layerblocks import (
     GIVEN,
@@ -71,7 +71,7 @@ def record_layer(
             before = _storages(real[index])
             # the first passes lay weights out anew and make what is made once
             for count in (tokens, 2 * tokens, tokens, 2 * tokens):
-                with fresh_rooms() as kept:
+                with fresh_rooms() as kept, none_kept():
                     records.append(_one_pass(model, watched, count, device, packed, kept))
                 _forget_gradients(real[index])
             after = _storages(real[index])

@@ -23,17 +23,18 @@ class MicroBatch:
     """``tokens`` positions, padding included.
 
     ``square`` is what blocks that grow with the square of a document are counted by: of one document at a time where
-    documents are kept apart, of every line elsewhere.
+    documents are kept apart, of every line elsewhere. ``documents`` are the lengths of documents kept apart.
     """
 
     tokens: int
     square: int
+    documents: tuple[int, ...] = ()
 
     @classmethod
     def of_rows(cls, rows: int, length: int, *, packed: bool) -> MicroBatch:
         """``rows`` rows of ``length`` tokens each."""
         square = length * min(BLOCK, length) if packed else rows * length * length
-        return cls(tokens=rows * length, square=square)
+        return cls(tokens=rows * length, square=square, documents=(length,) * rows if packed else ())
 
 
 @attrs.frozen(kw_only=True)

@@ -12,6 +12,7 @@ import torch
 from eulerforge.data.batches import Batch
 from eulerforge.data.packing import Segments
 from eulerforge.plugins import load_registry
+from eulerforge.training import document_products
 from eulerforge.training.estimated import Estimated, from_config
 from eulerforge.training.forward import hidden_states
 from eulerforge.training.layerblocks import OWN
@@ -87,6 +88,32 @@ def test_what_is_kept_is_what_autograd_keeps(tmp_path: Path, family: str, packin
     exact = 5e-2 if family == "qwen3_5" else 1e-2
     assert level_above(blocks, size) == pytest.approx(expected, rel=exact)
     assert [type(layer) for layer in run.model.get_decoder().layers] == [type(layer) for layer in layers]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_probabilities_that_attention_keeps_are_counted_document_by_document(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document_products, "KEPT_SHARE", 20)
+    run = prepared_run(tmp_path, family)
+    lengths = (96, 260, 40, 700)  # the last one is too long
+    estimated = from_config(run.config, load_registry(), run.source.folder, run.datasets, CPU)
+    assert isinstance(estimated, Estimated)
+    probabilities = estimated.estimator._probabilities
+    count = len(run.model.get_decoder().layers)
+    blocks = [
+        record_layer(run.model, at, device=CPU, packed=True, takes_gradient=at > 0, tokens=TOKENS)
+        for at in range(count)
+    ]
+    size = MicroBatch(tokens=sum(lengths), square=0, documents=lengths)
+    states = sum(lengths) * run.model.config.get_text_config().hidden_size * 4
+    expected = really_kept(run, batch_of(lengths, packed=True)) + states + sum(lengths) * 8
+    found = probabilities(size, 0)
+    assert found > 0.1 * expected
+    assert level_above(blocks, size) + found == pytest.approx(expected, rel=1e-2)
+    assert probabilities(MicroBatch(tokens=700, square=0, documents=(700,)), 0) < found
+    assert probabilities(MicroBatch(tokens=700, square=0), 0) == 0
+    assert 0 < probabilities(size, 1) < found, "every layer computed again: one of them at a time"
 
 
 def test_a_layer_without_weights_makes_the_same_blocks_and_is_left_as_it_was(tmp_path: Path) -> None:
