@@ -92,11 +92,11 @@ def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
 def _is_finite(tensor: torch.Tensor) -> bool:
     """A sum is finite only if all of its parts are; where it overflows, every part is looked at.
 
-    Piece by piece, because the sum of a bf16 tensor is taken of its fp32 copy: of a large embedding that is twice its
-    size, and the most that loading a model needs.
+    Piece by piece, because the sum of a fp16 tensor is taken of its fp32 copy: of a large embedding that is twice its
+    size, and the most that loading a model needs. bf16 has fp32's range and needs no copy, which halves the time.
     """
     with torch.no_grad():
-        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        dtype = tensor.dtype if tensor.dtype in (torch.float64, torch.bfloat16) else torch.float32
         rows = max(1, PIECE_NUMBERS * len(tensor) // tensor.numel()) if tensor.ndim else 1
         for piece in tensor.split(rows) if tensor.ndim else (tensor,):
             if not torch.isfinite(piece.sum(dtype=dtype)) and not torch.isfinite(piece).all():
@@ -116,9 +116,10 @@ def refuse_ids_beyond(rows: int, tokenizer: Any, *, highest: int | None, name: s
     Raises:
         ModelError: the data or the tokenizer's own special tokens use one.
     """
+    if _has_no_gaps(tokenizer) and len(tokenizer) <= rows:
+        return None
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
-    top = max(vocabulary.values(), default=-1)
-    if top < rows:
+    if max(vocabulary.values(), default=-1) < rows:
         return None
     used = {
         "end-of-text": tokenizer.eos_token_id,
@@ -133,6 +134,15 @@ def refuse_ids_beyond(rows: int, tokenizer: Any, *, highest: int | None, name: s
         raise _beyond(name, f"a row of the data holds the id {highest} ({token!r})", rows)
     beyond = sum(index >= rows for index in vocabulary.values())
     return f"the tokenizer knows {beyond} tokens that the model's embedding of {rows:,} rows does not hold"
+
+
+def _has_no_gaps(tokenizer: Any) -> bool:
+    """Whether the ids are 0 to ``len(tokenizer) - 1``: as many tokens as ids that have one.
+
+    Half the time of a dictionary of the whole vocabulary.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and None not in map(backend.id_to_token, range(len(tokenizer)))
 
 
 def _beyond(name: str, what: str, rows: int) -> ModelError:

@@ -80,7 +80,7 @@ def preflight_lines(result: dict[str, Any], run: Run) -> list[str]:
     lines.append(run.isolation.line(run.layout.packing))
     leak = result["packing"]["leak"]
     if leak is not None:
-        lines.append(f"  isolation: replacing documents of a packed row moves the others' logits by {leak:.1e}")
+        lines.append(f"  isolation: replacing documents of a packed row moves the others' states by {leak:.1e}")
     if isinstance(run.estimated, Estimated):
         lines += estimate_lines(run.estimated.found, run.estimated.largest_tokens, run.config)
     lines.append(forecast_line(result["forecast"]))

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from tiny import save_tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from eulerforge.errors import ModelError
 from eulerforge.models import gguf, soundness
@@ -77,10 +80,46 @@ def test_the_hash_of_a_gguf_file_follows_its_content(tmp_path: Path, monkeypatch
     assert gguf._digest(path, gguf.file_state(path)) != first
 
 
+class Words(PreTrainedTokenizerFast):
+    """Counts how often the dictionary of the whole vocabulary is built."""
+
+    dictionaries = 0
+
+    def get_vocab(self) -> dict[str, int]:
+        self.dictionaries += 1
+        return super().get_vocab()
+
+
+def words(**ids: int) -> Words:
+    return Words(tokenizer_object=Tokenizer(WordLevel(ids, unk_token="a")))
+
+
+def test_ids_without_a_gap_need_no_dictionary() -> None:
+    tokenizer = words(a=0, b=1)
+    tokenizer.add_tokens(["c"])
+    tokenizer.dictionaries = 0
+    assert soundness.refuse_ids_beyond(3, tokenizer, highest=2, name="base") is None
+    assert tokenizer.dictionaries == 0
+    assert "knows 1 tokens" in (soundness.refuse_ids_beyond(2, tokenizer, highest=1, name="base") or "")
+    with pytest.raises(ModelError, match=r"holds the id 2 \('c'\)"):
+        soundness.refuse_ids_beyond(2, tokenizer, highest=2, name="base")
+
+
+@pytest.mark.parametrize("ids", [{"a": 0, "b": 5}, {"a": 5, "b": 6}, {"a": 0, "b": 0, "c": 2}])
+def test_an_id_behind_a_gap_is_found(ids: dict[str, int]) -> None:
+    tokenizer, top = words(**ids), max(ids.values())
+    assert soundness.refuse_ids_beyond(top + 1, tokenizer, highest=top, name="base") is None
+    for rows in range(1, top + 1):
+        assert soundness.refuse_ids_beyond(rows, tokenizer, highest=None, name="base") is not None
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (1000, 70), (5, 40, 40)])
-def test_one_number_that_is_not_finite_is_found_in_any_piece(monkeypatch: pytest.MonkeyPatch, shape: tuple) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_number_that_is_not_finite_is_found_in_any_piece(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     monkeypatch.setattr(soundness, "PIECE_NUMBERS", 1000)
-    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.full(shape, 1e38))})
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.full(shape, 1e38, dtype=dtype))})
     soundness.refuse_not_finite(model, "big numbers, whose sum overflows")
     for value in (float("nan"), float("inf"), -float("inf")):
         with torch.no_grad():

@@ -142,6 +142,48 @@ def test_each_document_is_held_against_each_other_one(seen: int, seeing: int) ->
     assert leak(model) > 1e-3
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_a_leak_of_the_last_layer_is_found_whatever_the_size_of_the_states(scale: float) -> None:
+    model = loud_model("llama3")
+    isolate(model, spec("attention"), DenseAdapter())
+    decoder = model.get_decoder()
+    with torch.no_grad():
+        decoder.norm.weight.fill_(scale)
+    assert prove(model) < 1e-6
+
+    def reads_the_one_before(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.1 * output.roll(isolation.PROBE_LENGTHS[0], 1)
+
+    decoder.layers[-1].register_forward_hook(reads_the_one_before)
+    assert leak(model) > 1e-3
+    with pytest.raises(RunError, match="packed documents see each other"):
+        prove(model)
+
+
+def test_states_that_are_no_numbers_prove_nothing() -> None:
+    model = loud_model("llama3")
+    isolate(model, spec("attention"), DenseAdapter())
+
+    def third_document(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        first, second, third = output.split(isolation.PROBE_LENGTHS, 1)
+        return torch.cat([first, second, third * torch.nan], 1)
+
+    model.get_decoder().norm.register_forward_hook(third_document)
+    with pytest.raises(RunError, match="by nan of their length"):
+        prove(model)
+
+
+def test_the_proof_computes_no_logits() -> None:
+    model = loud_model("llama3")
+    isolate(model, spec("attention"), DenseAdapter())
+
+    def never(module: nn.Module, args: Any) -> None:
+        raise AssertionError("the head was called")
+
+    model.get_output_embeddings().register_forward_pre_hook(never)
+    assert prove(model) < 1e-6
+
+
 def test_the_mode_comes_back() -> None:
     model = tiny_model("llama3").train()
     isolate(model, spec("attention"), DenseAdapter())
