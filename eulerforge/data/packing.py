@@ -31,9 +31,10 @@ Lines = list[list[int]]
 CPU_TOKENS = 2048
 """On the CPU a larger micro-batch is no faster, it only needs more memory."""
 CPU_STEP = 16
-"""On the CPU a line of ``CPU_STEP_FROM`` tokens or more is filled up to a multiple of this: one matrix product in eight
-is a tenth to a fifth slower with other numbers of rows, and every number that is new costs the time to compile them."""
+"""On the CPU the rows of a large matrix product are filled up to a multiple of this: with one other number in eight
+(682, 1401) it is a tenth to a fifth slower, and every number that is new costs the time to compile it."""
 CPU_STEP_FROM = 512
+"""Tokens of a line from which on it is filled up."""
 
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)

@@ -116,7 +116,7 @@ def refuse_ids_beyond(rows: int, tokenizer: Any, *, highest: int | None, name: s
     Raises:
         ModelError: the data or the tokenizer's own special tokens use one.
     """
-    if _has_no_gaps(tokenizer) and len(tokenizer) <= rows:
+    if len(tokenizer) <= rows and _has_no_gaps(tokenizer):
         return None
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     if max(vocabulary.values(), default=-1) < rows:

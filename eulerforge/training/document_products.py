@@ -11,7 +11,7 @@ of one block of B tokens R = B x G rows and S keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -62,7 +62,7 @@ class _PerDocument(torch.autograd.Function):
         keeps = any(ctx.needs_input_grad) and scores.softcap is None  # a slope needs the scores themselves
         most = _most_kept(ctx.heads, len(k_KND), q_NQD.shape[2]) if keeps else 0
         ctx.blocks = _blocks(lengths, ctx.heads, len(k_KND), scores.window, BLOCK, most)
-        kept = q_KMD.new_empty(sum(math.prod(block.shape) for block in ctx.blocks if block.kept is not None))
+        kept = q_KMD.new_empty(_numbers_kept(ctx.blocks))
         out_KMD = torch.empty_like(q_KMD)
         for block in ctx.blocks:
             p_KRS, _ = scores.probabilities(q_KMD, k_KND, block, block.part_of(kept))
@@ -137,9 +137,20 @@ def _blocks(
     return tuple(blocks)
 
 
-def kept_numbers(lengths: tuple[int, ...], heads: int, key_heads: int, width: int, window: int | None) -> int:
-    """Probabilities that a layer keeps from its forward to its backward pass, besides q, k and v."""
-    blocks = _blocks(lengths, heads, key_heads, window, BLOCK, _most_kept(heads, key_heads, width))
+def kept_numbers(documents: Mapping[int, int], heads: int, key_heads: int, width: int, window: int | None) -> int:
+    """Probabilities that a layer keeps from its forward to its backward pass, besides q, k and v.
+
+    Args:
+        documents: how many there are of each length; what one keeps does not depend on the others.
+    """
+    most = _most_kept(heads, key_heads, width)
+    return sum(
+        count * _numbers_kept(_blocks((length,), heads, key_heads, window, BLOCK, most))
+        for length, count in documents.items()
+    )
+
+
+def _numbers_kept(blocks: tuple[_Block, ...]) -> int:
     return sum(math.prod(block.shape) for block in blocks if block.kept is not None)
 
 

@@ -26,7 +26,7 @@ from eulerforge.training.limits import Room
 from eulerforge.training.loss import BLOCK_NUMBERS, chunk_rows
 from eulerforge.training.onelayer import CHUNK, TOKENS, kind_of, record_layer
 from eulerforge.training.peak import LossBlocks, MicroBatch, step_peak
-from eulerforge.training.recompute import SWITCH, enable_gradient_checkpointing
+from eulerforge.training.recompute import SWITCH, enable_gradient_checkpointing, is_recomputed
 
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig
@@ -109,7 +109,7 @@ class Estimator:
         windows = [
             getattr(text, "sliding_window", None) if kind == "sliding_attention" else None
             for index, kind in enumerate(self._layer_types)
-            if kind != "linear_attention" and not (every and index % every == every - 1)
+            if kind != "linear_attention" and not is_recomputed(index, every)
         ]
         if every:
             windows.append(None)  # the one that is being computed again
@@ -201,7 +201,7 @@ class Estimator:
             types = self._layer_types
             for index, layer in enumerate(self.layers):
                 if hasattr(layer, SWITCH):
-                    setattr(layer, SWITCH, bool(every) and index % every == every - 1)
+                    setattr(layer, SWITCH, is_recomputed(index, every))
             found = []
             for index, layer in enumerate(self.layers):
                 takes = below or any(trains[:index])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from eulerforge.data.batches import BatchPlan
 from eulerforge.data.packing import Layout
 from eulerforge.data.tokenized import TokenizedRows
-from eulerforge.training.document_products import BLOCK
 from eulerforge.training.onelayer import CHUNK
 from eulerforge.training.peak import MicroBatch
 
@@ -34,11 +34,9 @@ def largest_micro_batch(config: RunConfig, layout: Layout, rows: TokenizedRows |
         for lines in layout.cut(rows, plan.rows_of(step)):
             lengths = [[int(rows.lengths[index]) for index in line] for line in lines]
             width = max(sum(line) for line in lengths)
-            longest = max(max(line) for line in lengths)
+            documents = Counter(length for line in lengths for length in line)
             if layout.by_length:
                 # documents as rows, and linear attention in chunks
-                width = -(-longest // CHUNK) * CHUNK * max(len(line) for line in lengths)
-            square = longest * min(BLOCK, longest) if packed else len(lines) * width * width
-            documents = tuple(length for line in lengths for length in line) if packed else ()
-            found.append(MicroBatch(tokens=len(lines) * width, square=square, documents=documents))
+                width = -(-max(documents) // CHUNK) * CHUNK * max(len(line) for line in lengths)
+            found.append(MicroBatch.of_lines(len(lines), width, documents, packed=packed))
     return max(found, key=lambda batch: batch.tokens)

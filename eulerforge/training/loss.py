@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from eulerforge.data.packing import CPU_STEP
 from eulerforge.lora.room import room
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -25,8 +26,6 @@ BLOCK_NUMBERS = 1 << 20
 """fp32 numbers of a block on the CPU: softmax and gradient of these stay in the cache."""
 COLUMNS = 2048
 """Logits of a row that one product makes on the CPU; wider ones leave the cache before the product is done."""
-ROWS_STEP = 16
-"""On the CPU a product has a multiple of so many rows: with 682 or 578 it takes a fifth longer than with 672."""
 
 
 def summed_cross_entropy(
@@ -83,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=exact) if wants_bias and bias_V is not None else None
         count, vocabulary = len(labels_N), len(weight_VH)
         on_cpu = hidden_NH.device.type == "cpu"
-        states_NH = F.pad(hidden_NH, (0, 0, 0, -count % ROWS_STEP)) if on_cpu else hidden_NH
+        states_NH = F.pad(hidden_NH, (0, 0, 0, -count % CPU_STEP)) if on_cpu else hidden_NH
         grad_hidden_NH = torch.empty_like(states_NH, memory_format=torch.contiguous_format) if wants_hidden else None
         chunk = chunk_rows(vocabulary, hidden_NH.element_size(), hidden_NH.device)
         room_CV = room("logits", (min(chunk, len(states_NH)), vocabulary), hidden_NH)
@@ -165,7 +164,7 @@ def chunk_rows(vocabulary: int, bytes_each: int, device: torch.device) -> int:
     """Rows whose logits are there at once."""
     budget = CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
     rows = max(1, budget // (bytes_each * vocabulary))
-    return rows // ROWS_STEP * ROWS_STEP or rows
+    return rows // CPU_STEP * CPU_STEP or rows
 
 
 @torch.no_grad()

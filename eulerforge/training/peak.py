@@ -6,7 +6,7 @@ its adapters' gradients, and gives back what it kept. The peak is the largest of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
@@ -23,18 +23,24 @@ class MicroBatch:
     """``tokens`` positions, padding included.
 
     ``square`` is what blocks that grow with the square of a document are counted by: of one document at a time where
-    documents are kept apart, of every line elsewhere. ``documents`` are the lengths of documents kept apart.
+    documents are kept apart, of every line elsewhere. ``documents`` says how many documents are kept apart by length.
     """
 
     tokens: int
     square: int
-    documents: tuple[int, ...] = ()
+    documents: Mapping[int, int] = attrs.field(factory=dict)
 
     @classmethod
     def of_rows(cls, rows: int, length: int, *, packed: bool) -> MicroBatch:
         """``rows`` rows of ``length`` tokens each."""
-        square = length * min(BLOCK, length) if packed else rows * length * length
-        return cls(tokens=rows * length, square=square, documents=(length,) * rows if packed else ())
+        return cls.of_lines(rows, length, {length: rows}, packed=packed)
+
+    @classmethod
+    def of_lines(cls, lines: int, width: int, documents: Mapping[int, int], *, packed: bool) -> MicroBatch:
+        """Lines of ``width`` positions with so many documents of each length; kept apart where ``packed``."""
+        longest = max(documents)
+        square = longest * min(BLOCK, longest) if packed else lines * width * width
+        return cls(tokens=lines * width, square=square, documents=documents if packed else {})
 
 
 @attrs.frozen(kw_only=True)

@@ -57,7 +57,12 @@ def recompute_layers(model: Any, layers: list[nn.Module], every: int) -> None:
             hint="--set training.gradient_checkpointing=all",
         )
     for index, layer in enumerate(layers):
-        setattr(layer, SWITCH, index % every == every - 1)
+        setattr(layer, SWITCH, is_recomputed(index, every))
+
+
+def is_recomputed(index: int, every: int) -> bool:
+    """Whether layer ``index`` is computed again where each ``every``-th one is; 0 is none."""
+    return every > 0 and index % every == every - 1
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

@@ -84,7 +84,7 @@ def test_short_documents_keep_their_probabilities_and_long_ones_do_not() -> None
     short, long = 100, 2000
     # blocks of 96 and 4 tokens, which see 96 and 100 keys
     of_short = heads * (96 * 96 + 4 * 100)
-    assert document_products.kept_numbers((short, long, short), heads, key_heads, width, None) == 2 * of_short
+    assert document_products.kept_numbers({short: 2, long: 1}, heads, key_heads, width, None) == 2 * of_short
     most = document_products.KEPT_SHARE * (heads + 2 * key_heads) * width
     assert of_short <= most * short
     q, k, v = (torch.zeros(2 * short + long, count, width, requires_grad=True) for count in (heads, 3, 3))

@@ -87,7 +87,7 @@ def test_the_room_for_logits_serves_evaluation_and_training_of_any_size() -> Non
         given = hidden.detach().requires_grad_()
         reference(head, given[:rows], labels[:rows], None).backward()
         torch.testing.assert_close(hidden.grad, given.grad, rtol=1e-5, atol=1e-6)
-    step = loss_room.ROWS_STEP
+    step = loss_room.CPU_STEP
     assert room_house._KEPT.rooms["logits", torch.float32].numel() == -(-N // step) * step * V
 
 

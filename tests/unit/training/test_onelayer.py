@@ -105,13 +105,13 @@ def test_probabilities_that_attention_keeps_are_counted_document_by_document(
         record_layer(run.model, at, device=CPU, packed=True, takes_gradient=at > 0, tokens=TOKENS)
         for at in range(count)
     ]
-    size = MicroBatch(tokens=sum(lengths), square=0, documents=lengths)
+    size = MicroBatch(tokens=sum(lengths), square=0, documents=dict.fromkeys(lengths, 1))
     states = sum(lengths) * run.model.config.get_text_config().hidden_size * 4
     expected = really_kept(run, batch_of(lengths, packed=True)) + states + sum(lengths) * 8
     found = probabilities(size, 0)
     assert found > 0.1 * expected
     assert level_above(blocks, size) + found == pytest.approx(expected, rel=1e-2)
-    assert probabilities(MicroBatch(tokens=700, square=0, documents=(700,)), 0) < found
+    assert probabilities(MicroBatch(tokens=700, square=0, documents={700: 1}), 0) < found
     assert probabilities(MicroBatch(tokens=700, square=0), 0) == 0
     assert 0 < probabilities(size, 1) < found, "every layer computed again: one of them at a time"
 
