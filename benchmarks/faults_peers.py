@@ -95,13 +95,18 @@ def same(left: Path, right: Path) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def main(folder: Path) -> None:
+def prepare(folder: Path) -> Path:
+    """A folder anew, with a tiny model and rows in TRL's words; gives back the rows' file."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tiny.save_tiny(folder / "base")
     rows = tiny.write_rows(folder / "rows.jsonl", 24)
-    text = rows.read_text().replace('"response"', '"completion"')
-    rows.write_text(text)
+    rows.write_text(rows.read_text().replace('"response"', '"completion"'))
+    return rows
+
+
+def main(folder: Path) -> None:
+    rows = prepare(folder)
     straight = folder / "straight"
     trainer(folder, straight, rows).train()
 

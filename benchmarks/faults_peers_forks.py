@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import faults_peers as peers
 import peft.peft_model
-import tiny
 import torch
 
 HIT = f"checkpoint-{peers.STEPS - 2}"  # the checkpoint whose save is hit
@@ -105,11 +104,7 @@ class Bench:
     """A folder with a model, rows and an undisturbed run to compare with."""
 
     def __init__(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self.folder, self.rows = folder, tiny.write_rows(folder / "rows.jsonl", 24)
-        tiny.save_tiny(folder / "base")
-        self.rows.write_text(self.rows.read_text().replace('"response"', '"completion"'))
+        self.folder, self.rows = folder, peers.prepare(folder)
         self.straight = self.start("straight", lambda trainer: trainer.train())[0]
 
     def trainer(self, out: Path, **options: Any) -> peers.SFTTrainer:

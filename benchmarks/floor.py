@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,13 @@ def products(config: Any, rank: int) -> list[tuple[int, int, int]]:
 
 def peaks(config: Any, rank: int, dtype: str) -> dict[str, float]:
     """FLOP per second of one thread, the best of 12 of each product; runs in a process of its own."""
-    import time
-
     import torch
+    from measure import PRECISIONS, SQUARE, product_seconds
 
     torch.set_num_threads(1)
-    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-
-    def seconds(rows: int, inputs: int, outputs: int) -> float:
-        x, weight = torch.randn(rows, inputs).to(precision), torch.randn(outputs, inputs).to(precision)
-        out, best = torch.empty(rows, outputs, dtype=precision), float("inf")
-        for _ in range(12):
-            began = time.process_time()
-            torch.mm(x, weight.T, out=out)
-            best = min(best, time.process_time() - began)
-        return best
-
+    seconds = partial(product_seconds, dtype=PRECISIONS[dtype], tries=12)
     own = [(into * out * count, count * seconds(ROWS, into, out)) for into, out, count in products(config, rank)]
-    square = 2 * 2048**3 / seconds(2048, 2048, 2048)
+    square = 2 * SQUARE**3 / seconds(SQUARE, SQUARE, SQUARE)
     return {"square": square, "own": 2 * ROWS * sum(n for n, _ in own) / sum(s for _, s in own)}
 
 

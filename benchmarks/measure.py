@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 IGNORED = -100
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SQUARE = 2048
+"""Rows and columns of the product whose rate is the machine's."""
 
 
 class StepClock:
@@ -28,7 +31,7 @@ class StepClock:
 
     def mark(self) -> None:
         if self.products is not None:
-            self._rate = product_rate(self.products)
+            self._rate = 2 * SQUARE**3 / product_seconds(SQUARE, SQUARE, SQUARE, self.products, tries=4)
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def step(self, number: int, loss: float, tokens: int) -> None:
@@ -49,16 +52,16 @@ class StepClock:
             file.write(json.dumps(row) + "\n")
 
 
-def product_rate(dtype: torch.dtype, width: int = 2048) -> float:
-    """FLOP per CPU second of a square product, the best of four."""
+def product_seconds(rows: int, inputs: int, outputs: int, dtype: torch.dtype, *, tries: int) -> float:
+    """CPU seconds of a product (rows, inputs) x (outputs, inputs)^T, the best of some."""
     generator = torch.Generator().manual_seed(0)  # torch's own would change the run's dropout
-    x, y = (torch.randn(width, width, generator=generator).to(dtype) for _ in range(2))
-    out, best = torch.empty_like(x), float("inf")
-    for _ in range(4):
+    x, weight = (torch.randn(count, inputs, generator=generator).to(dtype) for count in (rows, outputs))
+    out, best = torch.empty(rows, outputs, dtype=dtype), float("inf")
+    for _ in range(tries):
         began = time.process_time()
-        torch.mm(x, y, out=out)
+        torch.mm(x, weight.T, out=out)
         best = min(best, time.process_time() - began)
-    return 2 * width**3 / best
+    return best
 
 
 @torch.no_grad()

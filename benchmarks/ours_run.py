@@ -7,8 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from measure import StepClock, plain_held_out_loss
+from measure import PRECISIONS, StepClock, plain_held_out_loss
 from peers.peft_loop import arguments
 from rows import read_jsonl
 
@@ -58,8 +57,7 @@ def main() -> None:
     from eulerforge.cli.main import main as eulerforge
     from eulerforge.training.metrics import MetricsLog
 
-    precision = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    clock = StepClock(args.out, products=precision if args.products else None)
+    clock = StepClock(args.out, products=PRECISIONS[args.dtype] if args.products else None)
     write = MetricsLog.write
 
     def noted(log: MetricsLog, row: dict) -> None:

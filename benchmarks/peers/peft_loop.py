@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from measure import IGNORED, StepClock, plain_held_out_loss
+from measure import IGNORED, PRECISIONS, StepClock, plain_held_out_loss
 from rows import read_jsonl
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
@@ -20,7 +20,7 @@ def lora_model(args: argparse.Namespace):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    dtype = PRECISIONS[args.dtype]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device)
     config = LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, target_modules=TARGETS, task_type="CAUSAL_LM"

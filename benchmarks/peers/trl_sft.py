@@ -6,13 +6,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from datasets import Dataset
-from measure import StepClock, plain_held_out_loss
+from measure import PRECISIONS, StepClock, plain_held_out_loss
 from peft_loop import TARGETS, arguments
 from rows import read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -37,7 +35,7 @@ def main() -> None:
     from peft import LoraConfig
 
     args = arguments()
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    dtype = PRECISIONS[args.dtype]
     rows = read_jsonl(args.rows)
     sizes = [len(row["input_ids"]) for row in rows]
     per_step = [sum(sizes[at : at + args.batch_size]) for at in range(0, len(sizes), args.batch_size)]
