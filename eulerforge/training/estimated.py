@@ -167,6 +167,7 @@ def from_model(
     file_dtype = stored_dtype(folder, trust_remote_code=config.model.trust_remote_code)
     rows: TokenizedRows | None = datasets.train if datasets is not None else None
     batch = largest_micro_batch(config, layout, rows)
+    one_length = rows is not None and len(rows) > 0 and bool((rows.lengths == rows.lengths[0]).all())
     every = every_of(config.training.gradient_checkpointing)
 
     def estimator() -> Estimator:
@@ -178,6 +179,7 @@ def from_model(
             device=device,
             file_dtype=file_dtype,
             ever_trained=phases.trained_names,
+            one_length=one_length,
             room=room,
         )
 

@@ -31,9 +31,11 @@ from eulerforge.training.recompute import SWITCH, enable_gradient_checkpointing,
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig
 
-KERNELS = KEPT * 576 << 10
-"""What oneDNN's compiled kernels of half-precision products take once as many are kept as may be. Measured: with one
-kept instead, what was alive in the heap of a run over mixed rows was 103 to 106 MiB less."""
+KERNEL = 576 << 10
+"""What one of oneDNN's compiled kernels of half-precision products takes, as many as are kept in runs over mixed rows.
+Measured: with one kept instead of 192, what was alive in the heap of such a run was 103 to 106 MiB less."""
+KERNELS_OF_ONE_LENGTH = 64
+"""Kernels where all rows are of one length; such a run of three layers compiled 52."""
 CUBLAS_WORKSPACE = 32 << 20
 """What cuBLAS takes on a Hopper card; less on others."""
 MOST_ROWS = 1 << 20
@@ -48,6 +50,7 @@ class Estimator:
         device: where the run would train.
         file_dtype: the precision of the weights on the disk.
         ever_trained: names of the parameters that some phase trains.
+        one_length: whether all rows have as many tokens, so that few kernels are compiled.
         room: what there was before the model was loaded; None: what there is now, it is not loaded yet.
     """
 
@@ -61,11 +64,13 @@ class Estimator:
         device: torch.device,
         file_dtype: torch.dtype,
         ever_trained: Sequence[str],
+        one_length: bool = False,
         room: Room | None = None,
     ) -> None:
         self.config, self.model, self.layers, self.layout = config, model, list(layers), layout
         self.device, self.file_dtype = device, file_dtype
         self.dtype = base_dtype(config.model.load_precision, device)
+        self.kernels = KERNELS_OF_ONE_LENGTH if one_length else KEPT
         self._recorded: dict[Any, LayerBlocks] = {}
         parameters = dict(model.named_parameters())
         self.trained = 4 * sum(parameters[name].numel() for name in ever_trained)
@@ -143,7 +148,7 @@ class Estimator:
     def _of_libraries(self) -> int:
         if self.device.type == "cuda":
             return CUBLAS_WORKSPACE
-        return 0 if self.dtype == torch.float32 else KERNELS
+        return 0 if self.dtype == torch.float32 else self.kernels * KERNEL
 
     @property
     def _packed(self) -> bool:
