@@ -17,7 +17,7 @@ from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.device import base_dtype
 from eulerforge.models.quantized import QUANTIZED_MODES, import_bitsandbytes, plan_from_config, replace_layers
-from eulerforge.models.soundness import check_folder, refuse_not_finite
+from eulerforge.models.soundness import check_folder, check_tokenizer, refuse_not_finite
 from eulerforge.models.source import BaseSource, resolve_source
 
 ATTENTION = "model.attn_implementation"
@@ -55,6 +55,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, use_fast=True)
     except Exception as error:
+        check_tokenizer(folder)
         raise ModelError(
             f"no tokenizer can be loaded from {folder.name}: {first_line(error)}",
             key="model_name",
@@ -92,6 +93,8 @@ def load_model(
             for line in plan.lines():
                 say(line)
     check_folder(source.folder)
+    if tokenizer is None:
+        tokenizer = _tokenizer(source.folder, run.model.trust_remote_code)
     attention = None if run.model.attn_implementation == "auto" else run.model.attn_implementation
     hf_logging.disable_progress_bar()
     loud = hf_logging.get_verbosity()
@@ -126,7 +129,7 @@ def load_model(
     model.config.use_cache = False
     return LoadedModel(
         model=model.to(device).eval(),
-        tokenizer=_tokenizer(source.folder, run.model.trust_remote_code) if tokenizer is None else tokenizer,
+        tokenizer=tokenizer,
         source=source,
         dtype=dtype,
     )

@@ -23,9 +23,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 ADAPTER = "adapter_config.json"
+TOKENIZER = "tokenizer.json"
 JSON_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json",
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 HINT = "get the base model again"
 MAX_HEADER = 100 << 20
@@ -41,6 +41,8 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 def check_folder(folder: Path, *, weights: bool = True) -> None:
     """Look at every file that a run reads; without ``weights`` at configuration and tokenizer alone.
 
+    Not into tokenizer.json, which is large and read whole when it is loaded: see ``check_tokenizer``.
+
     Raises:
         ModelError: it names the file and what is wrong with it.
     """
@@ -54,7 +56,9 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     found = {name: folder / name for name in JSON_FILES if _lies_there(folder / name)}
     for path in found.values():
         _once(path, _json_object)
-    if "tokenizer.json" in found and "tokenizer_config.json" not in found:
+    if _lies_there(folder / TOKENIZER) and not (folder / TOKENIZER).is_file():
+        check_tokenizer(folder)
+    if _lies_there(folder / TOKENIZER) and "tokenizer_config.json" not in found:
         raise _wrong(
             folder / "tokenizer_config.json", "is not there: the tokens that begin and end a text would be unknown"
         )
@@ -102,6 +106,16 @@ def _is_finite(tensor: torch.Tensor) -> bool:
             if not torch.isfinite(piece.sum(dtype=dtype)) and not torch.isfinite(piece).all():
                 return False
         return True
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Say what is wrong with a tokenizer.json that could not be loaded, if it is the file itself.
+
+    Raises:
+        ModelError: it cannot be read, or is not a JSON object.
+    """
+    if _lies_there(folder / TOKENIZER):
+        _json_object(folder / TOKENIZER)
 
 
 def refuse_ids_beyond(rows: int, tokenizer: Any, *, highest: int | None, name: str) -> str | None:

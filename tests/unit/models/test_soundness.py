@@ -14,8 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError
 from eulerforge.models import gguf, soundness
+from eulerforge.models.load import load_tokenizer
 from eulerforge.models.soundness import check_folder
 
 
@@ -45,18 +47,36 @@ def test_a_file_is_parsed_once(tmp_path: Path, looks: Counter[str], monkeypatch:
     settle(folder, monkeypatch)
     for _ in range(3):
         check_folder(folder, weights=False)
-    assert looks["tokenizer.json"] == 1
+    assert looks["config.json"] == looks["tokenizer_config.json"] == 1
+    assert looks["tokenizer.json"] == 0, "it is large, and read whole when it is loaded"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '"text"', ""])
+def test_a_damaged_tokenizer_is_named_when_it_is_loaded(tmp_path: Path, text: str) -> None:
+    folder = save_tiny(tmp_path)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    check_folder(folder)
+    with pytest.raises(ModelError, match=r"tokenizer\.json is not|no tokenizer can be loaded from"):
+        load_tokenizer(RunConfig(model_name=str(folder), injection=None))
+
+
+def test_a_tokenizer_that_is_no_file_is_found_at_once(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(folder / "gone")
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
+        check_folder(folder)
 
 
 def test_a_file_that_changed_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path)
     settle(folder, monkeypatch)
     check_folder(folder)
-    path = folder / "tokenizer.json"
+    path = folder / "generation_config.json"
     size = path.stat().st_size
     path.write_bytes(b"[" + b" " * (size - 2) + b"]")
     os.utime(path, ns=(1, 1))  # same size, same time of its content: the entry's own time tells
-    with pytest.raises(ModelError, match=r"tokenizer\.json is not a JSON object"):
+    with pytest.raises(ModelError, match=r"generation_config\.json is not a JSON object"):
         check_folder(folder)
 
 

@@ -133,12 +133,36 @@ def test_each_document_is_held_against_each_other_one(seen: int, seeing: int) ->
     isolate(model, spec("attention"), DenseAdapter())
     assert leak(model) < 1e-6
 
+    lengths = iter(isolation.PROBE_LENGTHS)
+
     def one_sees_another(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        parts = list(output.split(isolation.PROBE_LENGTHS, 1))
+        parts = list(output.split(next(lengths), 1))
         parts[seeing] = parts[seeing] + 0.1 * parts[seen].mean(1, keepdim=True)
         return torch.cat(parts, 1)
 
     model.get_input_embeddings().register_forward_hook(one_sees_another)
+    assert leak(model) > 1e-3
+
+
+def test_what_all_documents_take_from_the_whole_row_is_found() -> None:
+    model = loud_model("llama3")
+    isolate(model, spec("attention"), DenseAdapter())
+
+    def all_see_the_mean(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.1 * output.mean(1, keepdim=True)
+
+    model.get_input_embeddings().register_forward_hook(all_see_the_mean)
+    assert leak(model) > 1e-3
+
+
+def test_positions_that_go_on_over_a_border_are_found() -> None:
+    model = loud_model("llama3")
+    isolate(model, spec("attention"), DenseAdapter())
+
+    def by_the_place_in_the_row(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.1 * torch.linspace(-1, 1, output.shape[1])[None, :, None]
+
+    model.get_input_embeddings().register_forward_hook(by_the_place_in_the_row)
     assert leak(model) > 1e-3
 
 
@@ -152,7 +176,7 @@ def test_a_leak_of_the_last_layer_is_found_whatever_the_size_of_the_states(scale
     assert prove(model) < 1e-6
 
     def reads_the_one_before(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output + 0.1 * output.roll(isolation.PROBE_LENGTHS[0], 1)
+        return output + 0.1 * output.roll(9, 1)
 
     decoder.layers[-1].register_forward_hook(reads_the_one_before)
     assert leak(model) > 1e-3
@@ -160,15 +184,20 @@ def test_a_leak_of_the_last_layer_is_found_whatever_the_size_of_the_states(scale
         prove(model)
 
 
-def test_states_that_are_no_numbers_prove_nothing() -> None:
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("document", [0, 1, 2])
+def test_states_that_are_no_numbers_prove_nothing(row: int, document: int) -> None:
     model = loud_model("llama3")
     isolate(model, spec("attention"), DenseAdapter())
+    rows = iter(enumerate(isolation.PROBE_LENGTHS))
 
-    def third_document(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        first, second, third = output.split(isolation.PROBE_LENGTHS, 1)
-        return torch.cat([first, second, third * torch.nan], 1)
+    def one_document(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        at, lengths = next(rows)
+        parts = list(output.split(lengths, 1))
+        parts[document] = parts[document] * (torch.nan if at == row else 1)
+        return torch.cat(parts, 1)
 
-    model.get_decoder().norm.register_forward_hook(third_document)
+    model.get_decoder().norm.register_forward_hook(one_document)
     with pytest.raises(RunError, match="by nan of their length"):
         prove(model)
 
