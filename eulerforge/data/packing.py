@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
@@ -62,6 +62,11 @@ class Segments:
         """Number of the document that each position belongs to, (L, W) int32."""
         numbers = torch.arange(len(self.lengths), dtype=torch.int32)
         return numbers.repeat_interleave(torch.tensor(self.lengths)).view(self.shape).to(self.device)
+
+    @cached_property
+    def made(self) -> dict[tuple[Any, ...], Any]:
+        """What a kernel works out from the borders for all layers; it lives as long as the batch."""
+        return {}
 
     def gather(self, flat: torch.Tensor) -> torch.Tensor:
         """(N, ...) as (D, M, ...): documents as rows padded on the right with a copy of some token."""

@@ -6,7 +6,8 @@ keyword argument ``segments`` of the decoder's call; there is no global state. A
 a padded batch) is transformers' own ``sdpa``.
 
 On the CPU each document is a handful of matrix products (``training/document_products.py``). On CUDA it is flash-attn
-where that is installed, else torch's own varlen kernel.
+where that is installed, else torch's own varlen kernel, and flex_attention (``training/flex.py``) for what they do not
+take.
 Suffixes of tensor names: N tokens of the whole batch, Q query heads, K key heads, D head width, M tokens of the longest
 document; a first D counts documents.
 """
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 from eulerforge.data.packing import Segments
 from eulerforge.errors import RunError
+from eulerforge.training import flex
 from eulerforge.training.document_products import causal_mask, document_products
 
 NAME = "eulerforge_documents"
@@ -77,35 +79,53 @@ def documents_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < segments.longest else None
     q_NQD, k_NKD, v_NKD = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    kernel = kernel_for(query.device, query.dtype, query.shape[-1], dropout=dropout, softcap=softcap)
+    heads = (query.shape[1], key.shape[1], query.shape[-1])
+    kernel, _ = kernel_for(query.device, query.dtype, heads, dropout=dropout, softcap=softcap)
     out_NQD = _KERNELS[kernel](q_NQD, k_NKD, v_NKD, _Call(segments, scale, window, softcap, dropout))
     return out_NQD.unflatten(0, segments.shape), None
 
 
 def kernel_for(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, dropout: float = 0.0, softcap: float | None = None
-) -> str:
-    """The kernel for packed calls: ``matmul``, ``flash-attn``, ``varlen`` or ``padded``."""
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    *,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[str, str]:
+    """The kernel for packed calls: ``matmul``, ``flash-attn``, ``varlen``, ``flex`` or ``padded``; and why no better.
+
+    Whether flex can be used is tried out once, which compiles it: that takes a while, and is over before a run begins.
+
+    Args:
+        heads: query heads, key heads and their width.
+    """
     if dropout:
-        return "padded"
+        return "padded", "attention dropout"
     if device.type == "cpu":
-        return "matmul"
-    if device.type == "cuda" and dtype in _HALF and head_dim <= 256:
+        return "matmul", ""
+    general = "padded" if softcap is None else "matmul"
+    if device.type != "cuda":
+        return general, f"no kernel for variable lengths on {device.type}"
+    if dtype in _HALF and heads[2] <= 256:
         if importlib.util.find_spec("flash_attn") is not None:
-            return "flash-attn"
+            return "flash-attn", ""
         if softcap is None and _varlen_arguments() is not None:
-            return "varlen"
-    return "matmul" if softcap is not None else "padded"
+            return "varlen", ""
+    refusal = flex.refusal(device, dtype, heads, softcap is not None)
+    return (general, f"flex_attention cannot be used: {refusal}") if refusal else ("flex", "")
 
 
-def describe(kernel: str) -> str:
-    """The kernel's name as a person reads it."""
-    return {
+def describe(kernel: str, why: str = "") -> str:
+    """The kernel's name as a person reads it, and why it is not a better one."""
+    name = {
         "matmul": "matrix products per document",
         "flash-attn": "flash-attn, variable lengths",
         "varlen": "torch varlen",
-        "padded": "scaled_dot_product_attention over documents padded to the longest (no variable-length kernel fits)",
+        "flex": "torch flex_attention, compiled",
+        "padded": "scaled_dot_product_attention over documents padded to the longest",
     }[kernel]
+    return f"{name} ({why})" if why else name
 
 
 @attrs.frozen
@@ -147,6 +167,10 @@ def _varlen(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call:
     return cast(torch.Tensor, out)
 
 
+def _flex(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call: _Call) -> torch.Tensor:
+    return flex.flex_documents(q_NQD, k_NKD, v_NKD, call.segments, call.scale, call.window, call.softcap)
+
+
 def _window(call: _Call) -> tuple[int, int]:
     """Keys before and behind a query, as the variable-length kernels count them."""
     return (-1 if call.window is None else call.window - 1, 0)
@@ -178,7 +202,7 @@ def _padded(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call:
     return call.segments.scatter(out_DQMD.transpose(1, 2))
 
 
-_KERNELS = {"matmul": _matmul, "flash-attn": _flash, "varlen": _varlen, "padded": _padded}
+_KERNELS = {"matmul": _matmul, "flash-attn": _flash, "varlen": _varlen, "flex": _flex, "padded": _padded}
 
 
 def _sdpa() -> Any:

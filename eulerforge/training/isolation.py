@@ -98,9 +98,7 @@ def isolate(model: Any, spec: BackboneSpec, adapter: BackboneAdapter, *, keep_at
         if decoder.config._attn_implementation != NAME:
             return Isolation(reason=f"{type(model).__name__} does not use transformers' attention interface")
         undo.append(lambda: decoder.set_attn_implementation(before))
-        text = model.config.get_text_config()
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        attention = describe(kernel_for(model.device, model.dtype, head_dim))
+        attention = describe(*_kernel(model))
     hooks = [_Gather(module) for module in _mixers(model, spec, adapter)]
     undo += [hook.remove for hook in hooks]
     if not hooks:
@@ -108,6 +106,21 @@ def isolate(model: Any, spec: BackboneSpec, adapter: BackboneAdapter, *, keep_at
     fast = _border_kernels(model.device)
     mixing = "flash-linear-attention with documents' borders" if fast else "documents gathered into padded rows"
     return Isolation(attention=attention, mixers=len(hooks), mixing=mixing, pads=not fast, undo=tuple(undo))
+
+
+def _kernel(model: Any) -> tuple[str, str]:
+    """The kernel that the layers will ask for in training, by the model's config; and why no better one."""
+    text = model.config.get_text_config()
+    queries = text.num_attention_heads
+    keys = getattr(text, "num_key_value_heads", None) or queries
+    width = getattr(text, "head_dim", None) or text.hidden_size // queries
+    return kernel_for(
+        model.device,
+        model.dtype,
+        (queries, keys, width),
+        dropout=getattr(text, "attention_dropout", None) or 0.0,
+        softcap=getattr(text, "attn_logit_softcapping", None),
+    )
 
 
 def _mixers(model: Any, spec: BackboneSpec, adapter: BackboneAdapter) -> Sequence[nn.Module]:

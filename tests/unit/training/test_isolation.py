@@ -127,6 +127,33 @@ def test_attention_that_ignores_the_borders_is_found(monkeypatch: pytest.MonkeyP
         prove(model)
 
 
+def test_the_line_names_the_kernel_that_the_config_asks_for() -> None:
+    model = tiny_model("gemma3")
+    isolated = isolate(model, spec("attention"), DenseAdapter())
+    assert isolated.line("flat") == "rows are packed (flat); attention: matrix products per document"
+    isolated.remove()
+    model.config.get_text_config().attention_dropout = 0.1
+    line = isolate(model, spec("attention"), DenseAdapter()).line("flat")
+    assert line.endswith("over documents padded to the longest (attention dropout)")
+
+
+def test_the_kernel_is_asked_for_with_the_configs_heads_and_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def kernel_for(*of: Any, **more: Any) -> tuple[str, str]:
+        asked.append((of[2], more))
+        return "padded", "flex_attention cannot be used: no triton"
+
+    monkeypatch.setattr(isolation, "kernel_for", kernel_for)
+    model = tiny_model("gemma3")
+    text = model.config.get_text_config()
+    text.attn_logit_softcapping = 30.0
+    line = isolate(model, spec("attention"), DenseAdapter()).line("flat")
+    heads = (text.num_attention_heads, text.num_key_value_heads, text.head_dim)
+    assert asked == [(heads, {"dropout": 0.0, "softcap": 30.0})]
+    assert line.endswith("padded to the longest (flex_attention cannot be used: no triton)")
+
+
 @pytest.mark.parametrize(("seen", "seeing"), list(permutations(range(3), 2)))
 def test_each_document_is_held_against_each_other_one(seen: int, seeing: int) -> None:
     model = loud_model("llama3")
