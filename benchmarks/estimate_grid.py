@@ -55,6 +55,11 @@ CELLS = [
     (Q, 1024, "fp32", 0.05, "all", "flat", "full"),
     (M, 4096, "bf16", 0.05, "off", "flat", "mixed"),
     (M, 16384, "fp32", 0.0, "all", "off", "full"),
+    # from here on no constant was fitted to them
+    (S8, 8192, "bf16", 0.05, "all", "flat", "mixed"),
+    (S8, 4096, "fp32", 0.05, "all", "flat", "full"),
+    (Q, 4096, "bf16", 0.0, "all", "bins", "mixed"),
+    (L, 8192, "bf16", 0.0, "all", "flat", "full"),
 ]
 ESTIMATE = """
 import json, sys
@@ -63,6 +68,7 @@ from eulerforge.cli.main import command_parser
 from eulerforge.cli.plugin_options import registry_from
 from eulerforge.cli.train_config import load_from_args
 from eulerforge.training import assemble, session
+from eulerforge.training.bigblocks import align_big_blocks
 
 args = command_parser("train").parse_args(sys.argv[2:])
 registry = registry_from(args)
@@ -77,6 +83,7 @@ def noted(*arguments):
 assemble.from_config = noted
 try:
     config = load_from_args(args, registry).run
+    align_big_blocks(config)
     assemble.assemble(config, registry, out=Path(config.output_dir), estimates=True)
 except KeyboardInterrupt:
     pass

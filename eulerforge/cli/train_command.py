@@ -20,6 +20,7 @@ from eulerforge.cli.plugin_options import registry_from
 from eulerforge.cli.streams import unbreakable_output
 from eulerforge.cli.train_config import add_config_options, load_from_args, validate
 from eulerforge.errors import ConfigError, UsageError, as_stopped
+from eulerforge.training.bigblocks import align_big_blocks
 from eulerforge.training.kernelcache import bound_kernel_caches
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _print_config(args: argparse.Namespace, loaded: LoadedConfig) -> int:
 
 
 def _preflight(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -> int:
-    _quiet_libraries()
+    _ready_libraries(loaded.run)
     with uncollected_imports():
         import transformers.modeling_utils  # noqa: F401 - transformers imports most of itself late, outside of this
 
@@ -157,7 +158,7 @@ def _train(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -
 
 
 def _trained(args: argparse.Namespace, loaded: LoadedConfig, registry: Registry) -> dict[str, Any]:
-    _quiet_libraries()
+    _ready_libraries(loaded.run)
     with uncollected_imports():
         import transformers.modeling_utils  # noqa: F401 - transformers imports most of itself late, outside of this
 
@@ -181,8 +182,9 @@ def _resume_command() -> str:
     return shlex.join(["eulerforge", *typed, "--resume"])
 
 
-def _quiet_libraries() -> None:
-    """The libraries' own bars and telemetry would interleave with ours; set before they are imported."""
+def _ready_libraries(run: RunConfig) -> None:
+    """What must be said before they are imported; their own bars and telemetry would interleave with ours."""
     bound_kernel_caches()
+    align_big_blocks(run)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

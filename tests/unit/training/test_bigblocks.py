@@ -1,0 +1,80 @@
+"""torch's switch for large tensors: set by the commands that compute, as the user says where he says something."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eulerforge.config.schema import LoadPrecision, ModelConfig, RunConfig, TrainingConfig
+from eulerforge.training.bigblocks import VARIABLE, align_big_blocks, big_blocks_are_aligned
+
+PAGE = 4096
+ALIGNED = f"""
+import json
+from eulerforge.config.schema import RunConfig, TrainingConfig
+from eulerforge.training.bigblocks import align_big_blocks
+align_big_blocks(RunConfig(model_name="m", training=TrainingConfig(gradient_checkpointing="all")))
+import torch
+kept = [torch.empty(size) for size in (3 << 20, 1 << 20, 3 << 20) for _ in range(4)]
+print(json.dumps([tensor.data_ptr() % {PAGE} for tensor in kept]))
+"""
+
+
+def in_a_fresh_process(code: str, **variables: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **variables}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "0")
+    align_big_blocks(RunConfig(model_name="m", training=TrainingConfig(gradient_checkpointing="all")))
+    assert os.environ[VARIABLE] == "0"
+    assert not big_blocks_are_aligned()
+
+
+@pytest.mark.parametrize(
+    ("again", "mode", "gains"),
+    [("off", "bf16", False), ("off", "auto", False), ("off", "fp32", True), ("all", "bf16", True), ("auto", "bf16", True)],
+)
+def test_only_runs_that_gain_get_it(monkeypatch: pytest.MonkeyPatch, again: str, mode: str, gains: bool) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.delenv(VARIABLE)
+    align_big_blocks(
+        RunConfig(
+            model_name="m",
+            model=ModelConfig(load_precision=LoadPrecision(mode=mode)),
+            training=TrainingConfig(gradient_checkpointing=again),
+        )
+    )
+    assert big_blocks_are_aligned() == gains
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's switch does nothing but on Linux")
+def test_large_tensors_begin_at_the_border_of_a_page() -> None:
+    assert set(json.loads(in_a_fresh_process(ALIGNED))) == {0}
+    assert set(json.loads(in_a_fresh_process(ALIGNED, **{VARIABLE: "0"}))) != {0}
+
+
+@pytest.mark.parametrize(("again", "told"), [("all", "1"), ("off", "None")])
+def test_the_command_says_it_before_torch(again: str, told: str) -> None:
+    arguments = ["train", "--preset", "quickstart", "--set", f"training.gradient_checkpointing={again}"]
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get({VARIABLE!r}), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+from eulerforge.cli.main import main
+main({arguments!r})
+"""
+    assert in_a_fresh_process(code) == told
