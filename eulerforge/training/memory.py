@@ -15,7 +15,9 @@ import attrs
 import torch
 from torch import nn
 
+from eulerforge.data.packing import token_budget
 from eulerforge.errors import RunError, UsageError
+from eulerforge.models.device import pick_device
 from eulerforge.models.sizes import gib
 
 if TYPE_CHECKING:
@@ -81,8 +83,11 @@ def advice(config: RunConfig, largest: int | None = None) -> str:
     training, longest, parts = config.training, config.data.max_length, []
     if config.model.load_precision.mode not in ("int4", "int8"):
         parts.append(f"model.load_precision.mode=int4 (now {config.model.load_precision.mode})")
-    if config.data.packing == "flat" and largest and largest < (training.tokens_per_micro_batch or 1 << 60):
-        parts.append(f"training.tokens_per_micro_batch={largest} (the result stays the same)")
+    if config.data.packing == "flat":  # tokens bound a micro-batch here, whatever batch_size is
+        now = token_budget(config, pick_device(config.device))
+        fewer = largest if largest and largest < now else max(longest, now // 2)
+        if fewer < now:
+            parts.append(f"training.tokens_per_micro_batch={fewer} (now {now}; the result stays the same)")
     elif training.batch_size > 1:
         rows = training.batch_size * training.grad_accum_steps
         most = training.batch_size // 2 if not largest else max(1, min(training.batch_size - 1, largest // longest))

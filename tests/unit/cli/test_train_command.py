@@ -169,7 +169,7 @@ def test_out_of_memory_is_exit_1_with_the_run_s_own_numbers(
     shown = capsys.readouterr().err
     assert "error: out of memory: CUDA out of memory" in shown
     assert "model.load_precision.mode=int4 (now fp32)" in shown
-    assert "training.batch_size=1 with training.grad_accum_steps=2 (now 2 and 1" in shown
+    assert "training.tokens_per_micro_batch=128 (now 256; the result stays the same)" in shown
     assert "injection.lora_r (now 4)" in shown
 
 

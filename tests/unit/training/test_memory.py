@@ -39,16 +39,25 @@ OUT_OF_MEMORY = [
 ]
 
 
+FEWER = {
+    "flat": "training.tokens_per_micro_batch=384 (now 768; the result stays the same)",
+    "bins": "training.batch_size=3 with training.grad_accum_steps=4 (now 6 and 2",
+}
+
+
+@pytest.mark.parametrize("packing", list(FEWER))
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_out_of_memory_becomes_advice_with_the_run_s_numbers(tmp_path: Path, error: Exception) -> None:
-    config = tinyrun.loaded(tmp_path, training__batch_size=6, training__grad_accum_steps=2).run
+def test_out_of_memory_becomes_advice_with_the_run_s_numbers(tmp_path: Path, error: Exception, packing: str) -> None:
+    config = tinyrun.loaded(
+        tmp_path, training__batch_size=6, training__grad_accum_steps=2, data__packing=packing, device="cpu"
+    ).run
     with pytest.raises(RunError, match="out of memory: ") as failed, out_of_memory_advice(config):
         raise error
     assert "\n" not in str(failed.value)
     hint = failed.value.problems[0].hint or ""
     parts = [
         "model.load_precision.mode=int4 (now fp32)",
-        "training.batch_size=3 with training.grad_accum_steps=4 (now 6 and 2",
+        FEWER[packing],
         "training.gradient_checkpointing=all",
         "data.max_length (now 128)",
         "injection.lora_r (now 4)",
@@ -120,7 +129,9 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("batch", "accum"), [(2, 1), (3, 1), (5, 1), (5, 4), (7, 3), (8, 2), (9, 1)])
 def test_the_smaller_batch_has_the_same_rows_per_step(tmp_path: Path, batch: int, accum: int) -> None:
-    config = tinyrun.loaded(tmp_path, training__batch_size=batch, training__grad_accum_steps=accum).run
+    config = tinyrun.loaded(
+        tmp_path, training__batch_size=batch, training__grad_accum_steps=accum, data__packing="off"
+    ).run
     found = re.search(r"batch_size=(\d+) with training.grad_accum_steps=(\d+)", advice(config))
     assert found is not None
     smaller, more = map(int, found.groups())
