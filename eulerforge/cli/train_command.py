@@ -25,6 +25,7 @@ from eulerforge.training.kernelcache import bound_kernel_caches
 
 if TYPE_CHECKING:
     from eulerforge.config import LoadedConfig
+    from eulerforge.config.schema import RunConfig
     from eulerforge.plugins import Registry
 
 MODES = ("validate_only", "preflight", "print_config")

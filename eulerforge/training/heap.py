@@ -15,7 +15,6 @@ from eulerforge.training.limits import is_glibc
 from eulerforge.training.peak import StepPeak
 
 
-
 @attrs.frozen
 class Holes:
     """What glibc's heap holds of freed memory, as shares: beside the blocks that are kept, in half precision and in

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -42,7 +41,13 @@ def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("again", "mode", "gains"),
-    [("off", "bf16", False), ("off", "auto", False), ("off", "fp32", True), ("all", "bf16", True), ("auto", "bf16", True)],
+    [
+        ("off", "bf16", False),
+        ("off", "auto", False),
+        ("off", "fp32", True),
+        ("all", "bf16", True),
+        ("auto", "bf16", True),
+    ],
 )
 def test_only_runs_that_gain_get_it(monkeypatch: pytest.MonkeyPatch, again: str, mode: str, gains: bool) -> None:
     monkeypatch.setenv(VARIABLE, "")
