@@ -108,12 +108,20 @@ def kernel_for(
     if device.type != "cuda":
         return general, f"no kernel for variable lengths on {device.type}"
     if dtype in _HALF and heads[2] <= 256:
-        if importlib.util.find_spec("flash_attn") is not None:
+        if _has_flash_attn():
             return "flash-attn", ""
         if softcap is None and _varlen_arguments() is not None:
             return "varlen", ""
     refusal = flex.refusal(device, dtype, heads, softcap is not None)
     return (general, f"flex_attention cannot be used: {refusal}") if refusal else ("flex", "")
+
+
+def heads_of(config: Any) -> tuple[int, int, int]:
+    """Query heads, key heads and their width, as a config of transformers says them."""
+    text = config.get_text_config()
+    queries = int(text.num_attention_heads)
+    keys = int(getattr(text, "num_key_value_heads", None) or queries)
+    return queries, keys, int(getattr(text, "head_dim", None) or text.hidden_size // queries)
 
 
 def describe(kernel: str, why: str = "") -> str:
@@ -174,6 +182,12 @@ def _flex(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call: _
 def _window(call: _Call) -> tuple[int, int]:
     """Keys before and behind a query, as the variable-length kernels count them."""
     return (-1 if call.window is None else call.window - 1, 0)
+
+
+@cache
+def _has_flash_attn() -> bool:
+    """Every layer asks, and where it is not installed the whole path of imports is searched for it."""
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 @cache

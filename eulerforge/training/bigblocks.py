@@ -3,8 +3,8 @@
 Notable: where glibc cuts an aligned block out of a free one, it keeps the slivers in front and behind for small
 objects, so the place can hold no block of that size again, and the heap grows to twice what is alive. At the border of
 a page most of what is cut off is too large for that, and grows together with the block again. Measured on the CPU with
-glibc 2.36 (``benchmarks/README.md``): 10 to 24% less where all layers are computed again or in fp32, as fast or faster;
-but up to 10% more, and 2 to 4% slower, in bf16 with nothing computed again.
+glibc 2.36 (the docs' page on memory): 10 to 24% less where all layers are computed again, no slower in bf16, or in
+fp32, whose speed was not measured; but up to 10% more, and 2 to 4% slower, in bf16 with nothing computed again.
 """
 
 from __future__ import annotations

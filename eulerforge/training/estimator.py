@@ -17,6 +17,7 @@ from torch import nn
 from eulerforge.data.packing import Layout
 from eulerforge.models.device import base_dtype
 from eulerforge.models.quantized import QUANTIZED_MODES, parameter_count, plan_of
+from eulerforge.training.attention import heads_of
 from eulerforge.training.document_products import kept_numbers
 from eulerforge.training.estimate import Estimate
 from eulerforge.training.heap import heap_bytes
@@ -108,9 +109,7 @@ class Estimator:
         text = self.model.config.get_text_config()
         if self.device.type != "cpu" or not batch.documents or getattr(text, "attn_logit_softcapping", None):
             return 0
-        heads = int(text.num_attention_heads)
-        key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-        width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        heads, key_heads, width = heads_of(self.model.config)
         windows = [
             getattr(text, "sliding_window", None) if kind == "sliding_attention" else None
             for index, kind in enumerate(self._layer_types)

@@ -19,7 +19,7 @@ from eulerforge.api import BackboneAdapter, BackboneSpec, SequenceMixerFinder
 from eulerforge.data.batches import Batch
 from eulerforge.data.packing import Segments
 from eulerforge.errors import PluginError, RunError
-from eulerforge.training.attention import NAME, describe, kernel_for, register
+from eulerforge.training.attention import NAME, describe, heads_of, kernel_for, register
 from eulerforge.training.forward import hidden_states
 
 if TYPE_CHECKING:
@@ -111,13 +111,10 @@ def isolate(model: Any, spec: BackboneSpec, adapter: BackboneAdapter, *, keep_at
 def _kernel(model: Any) -> tuple[str, str]:
     """The kernel that the layers will ask for in training, by the model's config; and why no better one."""
     text = model.config.get_text_config()
-    queries = text.num_attention_heads
-    keys = getattr(text, "num_key_value_heads", None) or queries
-    width = getattr(text, "head_dim", None) or text.hidden_size // queries
     return kernel_for(
         model.device,
         model.dtype,
-        (queries, keys, width),
+        heads_of(model.config),
         dropout=getattr(text, "attention_dropout", None) or 0.0,
         softcap=getattr(text, "attn_logit_softcapping", None),
     )

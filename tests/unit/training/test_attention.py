@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from eulerforge.data.packing import Segments
 from eulerforge.errors import RunError
 from eulerforge.training import attention, document_products
 from eulerforge.training.attention import documents_attention, kernel_for, no_mask
 
+from .documents import reference, segments
+
 LENGTHS = (5, 1, 9, 3)
 MODULE = torch.nn.Identity()
-
-
-def segments(lengths: tuple[int, ...] = LENGTHS, lines: int = 1) -> Segments:
-    return Segments(lengths=lengths, shape=(lines, sum(lengths) // lines), device=torch.device("cpu"))
 
 
 def states(heads: int, key_heads: int, width: int = 4, tokens: int = sum(LENGTHS), dtype: Any = torch.float64) -> Any:
@@ -28,26 +24,6 @@ def states(heads: int, key_heads: int, width: int = 4, tokens: int = sum(LENGTHS
     shapes = [(1, tokens, count, width) for count in (heads, key_heads, key_heads)]
     made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     return [tensor.transpose(1, 2).requires_grad_() for tensor in made]
-
-
-def reference(
-    query: Any, key: Any, value: Any, lengths: tuple[int, ...], scale: float, window: int | None, softcap: float | None
-) -> torch.Tensor:
-    """One document at a time, the whole score matrix, keys and values repeated: (1, tokens, heads, width)."""
-    out, start = [], 0
-    repeats = query.shape[1] // key.shape[1]
-    for length in lengths:
-        part = slice(start, start + length)
-        q, k, v = query[:, :, part], key[:, :, part], value[:, :, part]
-        scores = q @ k.repeat_interleave(repeats, 1).mT * scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-        seen = (distance >= 0) & (distance < (window or length))
-        scores = scores.masked_fill(~seen, -math.inf)
-        out.append(torch.softmax(scores, -1) @ v.repeat_interleave(repeats, 1))
-        start += length
-    return torch.cat(out, 2).transpose(1, 2)
 
 
 @pytest.mark.parametrize(("block", "kept_share"), [(2, 0), (2, 0.4), (256, 2)])
@@ -66,7 +42,7 @@ def test_output_and_gradients_are_the_references(
     monkeypatch.setattr(document_products, "KEPT_SHARE", kept_share)
     ours, expected = states(*heads), states(*heads)
     out, weights = documents_attention(
-        MODULE, *ours, None, scaling=0.3, sliding_window=window, softcap=softcap, segments=segments()
+        MODULE, *ours, None, scaling=0.3, sliding_window=window, softcap=softcap, segments=segments(LENGTHS)
     )
     wanted = reference(*expected, LENGTHS, 0.3, window, softcap)
     assert weights is None
@@ -110,7 +86,7 @@ def test_gradcheck(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_padded_kernel_computes_the_same(window: int | None) -> None:
     ours, expected = states(6, 2), states(6, 2)
     flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in ours]
-    out = attention._padded(*flat, attention._Call(segments(), 0.3, window, None, 0.0))
+    out = attention._padded(*flat, attention._Call(segments(LENGTHS), 0.3, window, None, 0.0))
     wanted = reference(*expected, LENGTHS, 0.3, window, None)[0]
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
     for found, true in zip(
@@ -171,8 +147,8 @@ def test_a_packed_call_whose_borders_were_lost_is_refused() -> None:
 def test_attention_dropout_draws_and_stays_within_the_document() -> None:
     query, key, value = states(4, 2)
     torch.manual_seed(0)
-    out, _ = documents_attention(MODULE, query, key, value, None, dropout=0.5, segments=segments())
-    whole, _ = documents_attention(MODULE, query, key, value, None, segments=segments())
+    out, _ = documents_attention(MODULE, query, key, value, None, dropout=0.5, segments=segments(LENGTHS))
+    whole, _ = documents_attention(MODULE, query, key, value, None, segments=segments(LENGTHS))
     assert not torch.allclose(out, whole)
     gradient = torch.autograd.grad(out[0, 6].sum(), value)[0]
     reached = gradient.abs().sum((0, 1, 3)).nonzero()[:, 0].tolist()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
 from eulerforge.config.schema import LoadPrecision, ModelConfig, RunConfig, TrainingConfig
 from eulerforge.training.bigblocks import VARIABLE, align_big_blocks, big_blocks_are_aligned
+
+from .fresh_process import last_line, said_before_torch
 
 PAGE = 4096
 ALIGNED = f"""
@@ -22,14 +23,6 @@ import torch
 kept = [torch.empty(size) for size in (3 << 20, 1 << 20, 3 << 20) for _ in range(4)]
 print(json.dumps([tensor.data_ptr() % {PAGE} for tensor in kept]))
 """
-
-
-def in_a_fresh_process(code: str, **variables: str) -> str:
-    clean = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **variables}, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip().splitlines()[-1]
 
 
 def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,22 +57,11 @@ def test_only_runs_that_gain_get_it(monkeypatch: pytest.MonkeyPatch, again: str,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's switch does nothing but on Linux")
 def test_large_tensors_begin_at_the_border_of_a_page() -> None:
-    assert set(json.loads(in_a_fresh_process(ALIGNED))) == {0}
-    assert set(json.loads(in_a_fresh_process(ALIGNED, **{VARIABLE: "0"}))) != {0}
+    assert set(json.loads(last_line(ALIGNED, without=[VARIABLE]))) == {0}
+    assert set(json.loads(last_line(ALIGNED, without=[VARIABLE], **{VARIABLE: "0"}))) != {0}
 
 
 @pytest.mark.parametrize(("again", "told"), [("all", "1"), ("off", "None")])
 def test_the_command_says_it_before_torch(again: str, told: str) -> None:
     arguments = ["train", "--preset", "quickstart", "--set", f"training.gradient_checkpointing={again}"]
-    code = f"""
-import os, sys
-class Watch:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            print(os.environ.get({VARIABLE!r}), flush=True)
-            os._exit(0)
-sys.meta_path.insert(0, Watch())
-from eulerforge.cli.main import main
-main({arguments!r})
-"""
-    assert in_a_fresh_process(code) == told
+    assert said_before_torch(arguments, [VARIABLE]) == told

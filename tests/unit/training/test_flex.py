@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torch_flex
 
 from eulerforge.api import BackboneSpec
-from eulerforge.data.packing import Layout, Segments
+from eulerforge.data.packing import Layout
 from eulerforge.models.layout import DenseAdapter
 from eulerforge.testing.tiny_models import tiny_model
 from eulerforge.training import attention, flex
@@ -25,16 +25,13 @@ from eulerforge.training.document_products import document_products
 from eulerforge.training.forward import hidden_states
 from eulerforge.training.isolation import isolate, prove
 
+from .documents import reference, segments
 from .packed_rows import random_rows
 
 # torch's compiler looks at ``.grad`` of every input, and hides the warning where warnings are no errors
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 CPU = torch.device("cpu")
 SHORT, LONG = (5, 1, 9, 3), (100, 1, 130, 469)
-
-
-def segments(lengths: tuple[int, ...]) -> Segments:
-    return Segments(lengths=lengths, shape=(1, sum(lengths)), device=CPU)
 
 
 def states(heads: tuple[int, int, int], tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -57,23 +54,6 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     torch._dynamo.reset()
     flex._compiled.cache_clear()
     flex.refusal.cache_clear()
-
-
-def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], window: int | None, cap: float | None
-) -> torch.Tensor:
-    """One document at a time, the whole matrix of scores; the scale is 0.3."""
-    out = []
-    for query, key, value in zip(*(part.split(lengths) for part in (q, k, v)), strict=True):
-        group = query.shape[1] // key.shape[1]
-        scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(group, 1)) * 0.3
-        if cap is not None:
-            scores = torch.tanh(scores / cap) * cap
-        place = torch.arange(len(query))
-        distance = place[:, None] - place
-        scores = scores.masked_fill((distance < 0) | (distance >= (window or len(query))), -math.inf)
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value.repeat_interleave(group, 1)))
-    return torch.cat(out)
 
 
 @pytest.mark.parametrize("window", [None, 1, 40, 1000])
@@ -107,7 +87,8 @@ def test_output_and_gradients_are_the_references(heads: tuple[int, int, int], co
             out = flex.flex_documents(*inputs, segments(lengths), 0.3, window, cap)
             found = (out, *torch.autograd.grad(out, inputs, upstream))
             products = document_products(*inputs, lengths, 0.3, window, cap)
-            for wanted in (reference(*inputs, lengths, window, cap), products):
+            layers = (part.transpose(0, 1)[None] for part in inputs)
+            for wanted in (reference(*layers, lengths, 0.3, window, cap)[0], products):
                 true = (wanted, *torch.autograd.grad(wanted, inputs, upstream))
                 torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-9)
     assert counter.frame_count, "it went through the compiler"
@@ -243,7 +224,7 @@ def test_which_kernel_on_cuda(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object() if flash else None)
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: flash)
     monkeypatch.setattr(attention, "_varlen_arguments", lambda: frozenset({"scale"}) if varlen else None)
     asked: list[Any] = []
     monkeypatch.setattr(flex, "refusal", lambda *of: asked.append(of) or refused)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from eulerforge.training.kernelcache import KEPT, VARIABLES, bound_kernel_caches
+
+from .fresh_process import last_line, said_before_torch
 
 SHAPES = 900
 MANY_SHAPES = f"""
@@ -28,14 +28,6 @@ print(json.dumps({{"grown": resident_bytes() - before, "same": float(product(64)
 """
 
 
-def in_a_fresh_process(code: str, **variables: str) -> str:
-    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **variables}, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip().splitlines()[-1]
-
-
 def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLES[0], raising=False)
     monkeypatch.setenv(VARIABLES[1], "7")
@@ -51,25 +43,14 @@ def test_the_commands_that_compute_set_it_before_torch(command: str, tmp_path: P
         "replay": ["replay", str(tmp_path), "--steps", "1"],
         "bench": ["bench", str(tmp_path)],
     }[command]
-    code = f"""
-import os, sys
-class Watch:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            print(os.environ.get({VARIABLES[0]!r}), os.environ.get({VARIABLES[1]!r}), flush=True)
-            os._exit(0)
-sys.meta_path.insert(0, Watch())
-from eulerforge.cli.main import main
-main({arguments!r})
-"""
-    assert in_a_fresh_process(code) == f"{KEPT} {KEPT}"
+    assert said_before_torch(arguments, VARIABLES) == f"{KEPT} {KEPT}"
 
 
 def test_memory_stays_bounded_over_many_shapes() -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("only Linux says what a process holds")
     free, bounded = (
-        json.loads(in_a_fresh_process(MANY_SHAPES, **variables))
+        json.loads(last_line(MANY_SHAPES, without=VARIABLES, **variables))
         for variables in ({}, dict.fromkeys(VARIABLES, str(KEPT)))
     )
     assert bounded["same"] == free["same"]
