@@ -19,7 +19,7 @@ from eulerforge.data.parity import Parity, check_parity
 from eulerforge.data.prepared import Datasets, build_dataset
 from eulerforge.data.render import dated
 from eulerforge.errors import UsageError
-from eulerforge.models.device import pick_device
+from eulerforge.models.device import pick_device, slow_products
 from eulerforge.models.load import load_model, load_tokenizer
 from eulerforge.models.sizes import gib
 from eulerforge.models.soundness import refuse_ids_beyond
@@ -170,6 +170,8 @@ def assemble(
         warnings.append("model.trust_remote_code is on: Python code that comes with the model has run in this process")
     if loaded.dtype == torch.float16:
         warnings.append("fp16 gradients can underflow in the base; bf16 or fp32 are safer (model.load_precision.mode)")
+    if slow := slow_products(config.model.load_precision, device):
+        warnings.append(slow)
     layout, isolation = plan_layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)
     say(isolation.line(layout.packing))
     norms = quicken_norms(loaded.model)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from eulerforge.models.processor import has_bf16_products
+
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig
 
@@ -21,7 +23,9 @@ VARIABLE = "THP_MEM_ALLOC_ENABLE"
 
 def align_big_blocks(run: RunConfig) -> None:
     """Set the switch for a run that gains, unless the environment says it; without effect once torch has a tensor."""
-    if run.training.gradient_checkpointing != "off" or run.model.load_precision.mode == "fp32":
+    mode = run.model.load_precision.mode
+    fp32 = mode == "fp32" or (mode == "auto" and not has_bf16_products())
+    if run.training.gradient_checkpointing != "off" or fp32:
         os.environ.setdefault(VARIABLE, "1")
 
 

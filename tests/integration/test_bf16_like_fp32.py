@@ -11,6 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from eulerforge.config.schema import LoadPrecision
+from eulerforge.models.device import slow_products
+
 TWO_PRODUCTS = "from eulerforge.lora.linear import LoRALinear; LoRALinear._joins = lambda layer, x: False; "
 COMMAND = "import sys; from eulerforge.cli.main import main; sys.exit(main(sys.argv[1:]))"
 SETTINGS = (
@@ -33,6 +39,10 @@ def held_out_loss(folder: Path, mode: str, before: str = "") -> float:
     return after
 
 
+@pytest.mark.skipif(
+    slow_products(LoadPrecision(mode="bf16"), torch.device("cpu")) is not None,
+    reason="this processor multiplies bf16 matrices so slowly that it takes hours",
+)
 def test_bf16_learns_what_fp32_learns_and_two_products_do_not(tmp_path: Path) -> None:
     exact = held_out_loss(tmp_path / "fp32", "fp32")
     ours = held_out_loss(tmp_path / "bf16", "bf16") / exact - 1

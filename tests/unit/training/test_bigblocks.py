@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from eulerforge.config.schema import LoadPrecision, ModelConfig, RunConfig, TrainingConfig
+from eulerforge.training import bigblocks
 from eulerforge.training.bigblocks import VARIABLE, align_big_blocks, big_blocks_are_aligned
 
 from .fresh_process import last_line, said_before_torch
@@ -33,16 +34,21 @@ def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("again", "mode", "gains"),
+    ("again", "mode", "bf16", "gains"),
     [
-        ("off", "bf16", False),
-        ("off", "auto", False),
-        ("off", "fp32", True),
-        ("all", "bf16", True),
-        ("auto", "bf16", True),
+        ("off", "bf16", True, False),
+        ("off", "auto", True, False),
+        ("off", "auto", False, True),  # auto is fp32 there
+        ("off", "bf16", False, False),
+        ("off", "fp32", True, True),
+        ("all", "bf16", True, True),
+        ("auto", "bf16", True, True),
     ],
 )
-def test_only_runs_that_gain_get_it(monkeypatch: pytest.MonkeyPatch, again: str, mode: str, gains: bool) -> None:
+def test_only_runs_that_gain_get_it(
+    monkeypatch: pytest.MonkeyPatch, again: str, mode: str, bf16: bool, gains: bool
+) -> None:
+    monkeypatch.setattr(bigblocks, "has_bf16_products", lambda: bf16)
     monkeypatch.setenv(VARIABLE, "")
     monkeypatch.delenv(VARIABLE)
     align_big_blocks(
@@ -63,5 +69,6 @@ def test_large_tensors_begin_at_the_border_of_a_page() -> None:
 
 @pytest.mark.parametrize(("again", "told"), [("all", "1"), ("off", "None")])
 def test_the_command_says_it_before_torch(again: str, told: str) -> None:
-    arguments = ["train", "--preset", "quickstart", "--set", f"training.gradient_checkpointing={again}"]
+    settings = [f"training.gradient_checkpointing={again}", "model.load_precision.mode=bf16"]
+    arguments = ["train", "--preset", "quickstart", *(word for setting in settings for word in ("--set", setting))]
     assert said_before_torch(arguments, [VARIABLE]) == told

@@ -209,16 +209,18 @@ def test_a_head_that_is_more_than_a_product_is_called_as_it_is() -> None:
 MEASURE = """
 import sys, torch
 from torch import nn
+from eulerforge.models.device import pick_dtype
 from eulerforge.training.loss import summed_cross_entropy
 torch.set_num_threads(1)
+dtype = pick_dtype("auto", torch.device("cpu"))
 def high(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":"))
 vocabulary, tokens, width = int(sys.argv[1]), 2100, 64
-warm = nn.Linear(width, 1000, dtype=torch.bfloat16)
-summed_cross_entropy(warm, torch.randn(99, width).bfloat16().requires_grad_(), torch.zeros(99).long()).backward()
+warm = nn.Linear(width, 1000, dtype=dtype)
+summed_cross_entropy(warm, torch.randn(99, width).to(dtype).requires_grad_(), torch.zeros(99).long()).backward()
 head = nn.Linear(1, 1, bias=False).requires_grad_(False)
-head.weight = nn.Parameter(torch.empty(vocabulary, width, dtype=torch.bfloat16).normal_(), requires_grad=False)
-hidden = torch.empty(tokens, width, dtype=torch.bfloat16).normal_().requires_grad_()
+head.weight = nn.Parameter(torch.empty(vocabulary, width, dtype=dtype).normal_(), requires_grad=False)
+hidden = torch.empty(tokens, width, dtype=dtype).normal_().requires_grad_()
 before = high("VmRSS")
 summed_cross_entropy(head, hidden, torch.randint(vocabulary, (tokens,))).backward()
 print(high("VmHWM") - before)

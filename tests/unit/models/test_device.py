@@ -1,0 +1,61 @@
+"""A precision that the processor cannot multiply is said before a run is wasted on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eulerforge.config.schema import LoadPrecision
+from eulerforge.models import device as room
+from eulerforge.models.device import slow_products
+
+CPU = torch.device("cpu")
+
+
+def seconds_of(halves: float, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """fp32 takes 1 s, anything else ``halves``; gives back a list of what was timed."""
+    timed: list[torch.dtype] = []
+
+    def product_seconds(dtype: torch.dtype) -> float:
+        timed.append(dtype)
+        return 1.0 if dtype == torch.float32 else halves
+
+    monkeypatch.setattr(room, "_product_seconds", product_seconds)
+    return timed
+
+
+@pytest.mark.parametrize(
+    ("precision", "key"),
+    [
+        (LoadPrecision(mode="bf16"), "mode"),
+        (LoadPrecision(mode="fp16"), "mode"),
+        (LoadPrecision(mode="int4", compute_dtype="bf16"), "compute_dtype"),
+    ],
+)
+def test_slow_products_are_said_with_the_setting_that_is_faster(
+    precision: LoadPrecision, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds_of(8.0, monkeypatch)
+    said = slow_products(precision, CPU)
+    assert said is not None
+    assert "8 times slower than fp32" in said
+    assert f"--set model.load_precision.{key}=fp32" in said
+
+
+def test_fast_products_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds_of(0.3, monkeypatch)
+    assert slow_products(LoadPrecision(mode="bf16"), CPU) is None
+
+
+@pytest.mark.parametrize("mode", ["auto", "fp32", "int8"])
+def test_nothing_is_timed_where_the_user_names_no_half(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = seconds_of(8.0, monkeypatch)
+    assert slow_products(LoadPrecision(mode=mode), CPU) is None
+    assert slow_products(LoadPrecision(mode="bf16"), torch.device("cuda")) is None
+    assert not timed
+
+
+def test_the_products_are_really_timed() -> None:
+    halves, fp32 = (room._product_seconds(dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert 0 < fp32 < 0.1
+    assert 0 < halves < 2
