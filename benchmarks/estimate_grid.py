@@ -60,6 +60,10 @@ CELLS = [
     (S8, 4096, "fp32", 0.05, "all", "flat", "full"),
     (Q, 4096, "bf16", 0.0, "all", "bins", "mixed"),
     (L, 8192, "bf16", 0.0, "all", "flat", "full"),
+    (S, 1024, "int8", 0.05, "off", "flat", "full"),
+    (S, 1024, "int4", 0.05, "off", "flat", "full"),
+    (Q, 4096, "int8", 0.0, "all", "bins", "mixed"),
+    (Q, 4096, "int4", 0.0, "all", "bins", "mixed"),
 ]
 ESTIMATE = """
 import json, sys

@@ -8,7 +8,7 @@ import torch
 
 from eulerforge.config.schema import LoadPrecision
 from eulerforge.errors import DeviceError, UsageError
-from eulerforge.models.processor import has_bf16_products
+from eulerforge.models.processor import has_bf16_products, product_key
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -53,7 +53,7 @@ def pick_dtype(mode: str, device: torch.device) -> torch.dtype:
 
 def base_dtype(precision: LoadPrecision, device: torch.device) -> torch.dtype:
     """The dtype of a base's activations; that of its weights too, but for those that int4 and int8 quantize."""
-    return pick_dtype(precision.compute_dtype if precision.mode in ("int8", "int4") else precision.mode, device)
+    return pick_dtype(getattr(precision, product_key(precision)), device)
 
 
 def slow_products(precision: LoadPrecision, device: torch.device) -> str | None:
@@ -61,7 +61,7 @@ def slow_products(precision: LoadPrecision, device: torch.device) -> str | None:
 
     Measured, because torch multiplies halves one by one where the processor cannot: up to 90 times slower.
     """
-    key = "compute_dtype" if precision.mode in ("int8", "int4") else "mode"
+    key = product_key(precision)
     if device.type != "cpu" or getattr(precision, key) in ("auto", "fp32"):
         return None
     dtype = base_dtype(precision, device)

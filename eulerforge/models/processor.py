@@ -1,8 +1,12 @@
-"""What this machine's processor multiplies in hardware; asked before torch is imported too."""
+"""In which precision a base is multiplied, and what this processor has for it; asked before torch is imported too."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eulerforge.config.schema import LoadPrecision
 
 
 def has_bf16_products() -> bool:
@@ -12,3 +16,14 @@ def has_bf16_products() -> bool:
     except OSError:
         return False
     return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def product_key(precision: LoadPrecision) -> str:
+    """The setting that decides in which precision a base is multiplied: ``mode``, or a quantized base's own."""
+    return "compute_dtype" if precision.mode in ("int8", "int4") else "mode"
+
+
+def multiplies_fp32(precision: LoadPrecision) -> bool:
+    """Whether a run on the CPU multiplies in fp32, by its settings."""
+    wanted = getattr(precision, product_key(precision))
+    return wanted == "fp32" or (wanted == "auto" and not has_bf16_products())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from eulerforge.models.processor import has_bf16_products
+from eulerforge.models.processor import multiplies_fp32
 
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig
@@ -23,9 +23,7 @@ VARIABLE = "THP_MEM_ALLOC_ENABLE"
 
 def align_big_blocks(run: RunConfig) -> None:
     """Set the switch for a run that gains, unless the environment says it; without effect once torch has a tensor."""
-    mode = run.model.load_precision.mode
-    fp32 = mode == "fp32" or (mode == "auto" and not has_bf16_products())
-    if run.training.gradient_checkpointing != "off" or fp32:
+    if run.training.gradient_checkpointing != "off" or multiplies_fp32(run.model.load_precision):
         os.environ.setdefault(VARIABLE, "1")
 
 

@@ -96,8 +96,9 @@ def test_a_phased_run_equals_a_plain_loop_over_the_same_rows(run: Path) -> None:
         optimizer.zero_grad()
     found = load_file(run / "final" / "adapter.safetensors")
     for name, parameter in parameters.items():
-        # rows are packed in the run and padded here; Adam divides a tiny gradient's rounding by its own size
-        torch.testing.assert_close(found[name], parameter.detach(), rtol=0, atol=1e-4)
+        # rows are packed in the run and padded here; Adam divides a tiny gradient's rounding by its own size, which on
+        # a processor with AVX2 alone moved one number by 1.1e-4; a step that trains the wrong group moves all by 1e-2
+        torch.testing.assert_close(found[name], parameter.detach(), rtol=0, atol=5e-4)
 
 
 def test_base_weights_train_when_a_phase_names_them_and_only_then(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from eulerforge.config.schema import LoadPrecision, ModelConfig, RunConfig, TrainingConfig
-from eulerforge.training import bigblocks
+from eulerforge.models import processor
 from eulerforge.training.bigblocks import VARIABLE, align_big_blocks, big_blocks_are_aligned
 
 from .fresh_process import last_line, said_before_torch
@@ -41,6 +41,8 @@ def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         ("off", "auto", False, True),  # auto is fp32 there
         ("off", "bf16", False, False),
         ("off", "fp32", True, True),
+        ("off", "int8", True, False),
+        ("off", "int4", False, True),
         ("all", "bf16", True, True),
         ("auto", "bf16", True, True),
     ],
@@ -48,7 +50,7 @@ def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_runs_that_gain_get_it(
     monkeypatch: pytest.MonkeyPatch, again: str, mode: str, bf16: bool, gains: bool
 ) -> None:
-    monkeypatch.setattr(bigblocks, "has_bf16_products", lambda: bf16)
+    monkeypatch.setattr(processor, "has_bf16_products", lambda: bf16)
     monkeypatch.setenv(VARIABLE, "")
     monkeypatch.delenv(VARIABLE)
     align_big_blocks(
