@@ -25,12 +25,18 @@ ROWS = 1666
 """Rows of a product: the tokens of a mean step of eight mixed rows."""
 
 
+def attention_widths(config: Any) -> tuple[int, int]:
+    """Numbers of all queries and of all keys of one token."""
+    from eulerforge.training.attention import heads_of
+
+    queries, keys, width = heads_of(config)
+    return queries * width, keys * width
+
+
 def products(config: Any, rank: int) -> list[tuple[int, int, int]]:
     """(in, out, how many of them in the model) of the linear layers, the adapters' columns included."""
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
-    layers = config.num_hidden_layers
+    hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    q, kv = attention_widths(config)
     return [
         (hidden + rank, q, layers), (hidden, kv, layers), (hidden + rank, kv, layers), (q, hidden, layers),
         (hidden + rank, mlp, 2 * layers), (mlp + rank, hidden, layers),
@@ -53,8 +59,7 @@ def flop_per_token(config: Any, rank: int, rows: list[dict[str, list[int]]]) -> 
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     plain = products(config, 0)
     body = sum(into * out * count for into, out, count in plain)
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    q, kv = attention_widths(config)
     lora = rank * layers * ((hidden + q) + (hidden + kv) + 3 * (hidden + mlp))
     tokens = sum(len(row["input_ids"]) for row in rows)
     labels = sum(label != -100 for row in rows for label in row["labels"][1:])
