@@ -13,6 +13,7 @@ from eulerforge.cli.plugin_options import DEBUG_HELP, add_plugin_options
 from eulerforge.config import LoadedConfig, load_run_config
 from eulerforge.config.location import resolve_location
 from eulerforge.config.phase_checks import phase_problems
+from eulerforge.data.files import what_is_wrong
 from eulerforge.errors import ConfigError, PluginError, Problem, UsageError
 
 if TYPE_CHECKING:
@@ -101,3 +102,5 @@ def _missing_files(loaded: LoadedConfig) -> Iterator[Problem]:
                 )
             elif not path.is_file():
                 yield Problem(key=key, message=f"there is no file {text}", hint="give a JSON Lines file")
+            elif wrong := what_is_wrong(text, path):
+                yield Problem(key=key, message=wrong[0], hint=wrong[1])

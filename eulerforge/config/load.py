@@ -131,7 +131,7 @@ def _core_class() -> type:
         for attribute in attrs.fields(attrs.resolve_types(RunConfig))
         if attribute.name not in ("strategy", "injection")
     }
-    return attrs.make_class("RunConfig", fields, frozen=True, kw_only=True)
+    return attrs.make_class("RunConfig", fields, class_body={"check": RunConfig.check}, frozen=True, kw_only=True)
 
 
 def _provenance(run: RunConfig, tree: Mapping[str, Any], source: Callable[[str], str]) -> dict[str, str]:

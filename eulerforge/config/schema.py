@@ -5,8 +5,10 @@ The help texts are the reference documentation: the preset reference and ``plugi
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
+from datetime import date as day
 
 import attrs
 
@@ -17,6 +19,12 @@ SEED_MAX = 2**63 - 1
 """What torch, numpy and a TOML file all take."""
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int4")
+
+ROW_KEYS = (
+    "prompt", "response", "text", "messages", "role", "content", "conversations", "from", "value",
+    "instruction", "input", "output", "input_ids", "labels", "attention_mask",
+)  # fmt: skip
+"""What ``data.schema`` may rename."""
 
 
 @attrs.frozen(kw_only=True)
@@ -108,6 +116,17 @@ class DataConfig:
     )
     cache: bool = setting(True, help="Keep tokenized rows in the cache folder")
 
+    def check(self) -> Iterable[Problem]:
+        for key in self.schema:
+            if key not in ROW_KEYS:
+                close = difflib.get_close_matches(key, ROW_KEYS, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(ROW_KEYS)}"
+                yield Problem(key=f"schema.{key}", message=f"{key} is no row key", hint=hint)
+        try:
+            day.fromisoformat(self.date or "2026-11-26")
+        except ValueError:
+            yield Problem(key="date", message=f"{self.date!r} is no day", hint="such as 2026-11-25")
+
 
 @attrs.frozen(kw_only=True)
 class PhaseConfig:
@@ -137,8 +156,8 @@ class TrainingConfig:
     tokens_per_micro_batch: int | None = setting(
         None,
         ge=1,
-        help="Tokens of a flat micro-batch at most; default: batch_size * max_length, on the CPU 2048 if that is less. "
-        "A longer row is a micro-batch of its own; the gradient does not depend on it",
+        help="Tokens of a flat micro-batch at most; default: batch_size * max_length, on the CPU at most 2048, or"
+        " max_length if that is more. A longer row is a micro-batch of its own; the gradient does not depend on it",
     )
     max_grad_norm: float = setting(1.0, ge=0, help="Gradient norm to clip to; 0 = off")
     log_steps: int = setting(10, ge=1, help="Report the loss every so many steps")
@@ -220,6 +239,10 @@ class RunConfig:
     training: TrainingConfig = setting(factory=TrainingConfig, help="Optimizer and schedule")
     checkpoint: CheckpointConfig = setting(factory=CheckpointConfig, help="What is kept")
     evaluation: EvaluationConfig = setting(factory=EvaluationConfig, help="What is shown")
+
+    def check(self) -> Iterable[Problem]:
+        if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", self.device):
+            yield Problem(key="device", message=f"{self.device!r} is no device", hint="use auto, cpu, cuda or cuda:0")
 
     @property
     def eval_batch_size(self) -> int:

@@ -39,7 +39,7 @@ def find_files(names: Sequence[str], *, key: str = "data.path") -> tuple[DataFil
         except UsageError as error:
             problems += [attrs.evolve(problem, key=key) for problem in error.problems]
             continue
-        wrong = _what_is_wrong(name, path)
+        wrong = what_is_wrong(name, path)
         if wrong is None:
             files.append(DataFile(name=name, path=path))
         else:
@@ -51,7 +51,8 @@ def find_files(names: Sequence[str], *, key: str = "data.path") -> tuple[DataFil
     return tuple(files)
 
 
-def _what_is_wrong(name: str, path: Path) -> tuple[str, str | None] | None:
+def what_is_wrong(name: str, path: Path) -> tuple[str, str | None] | None:
+    """Message and hint of a file that cannot hold rows; None where it may."""
     if path.is_dir():
         inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".jsonl", ".json"})
         hint = f"name a file in it: {', '.join(inside[:5])}" if inside else "name a .jsonl file"

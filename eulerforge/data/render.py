@@ -69,10 +69,7 @@ class Renderer:
             )
         self.uses_template = has_template and config.template != "none"
         self.writes_the_day = self.uses_template and "strftime_now" in str(tokenizer.chat_template)
-        try:
-            self.day = date.fromisoformat(config.date) if config.date else today()
-        except ValueError:
-            raise DataError(f"{config.date!r} is no day", key="data.date", hint="such as 2026-11-25") from None
+        self.day = date.fromisoformat(config.date) if config.date else today()
         self._template = _clock(self.day) + tokenizer.get_chat_template() if self.writes_the_day else None
         self._eos = tokenizer.eos_token or ""
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}

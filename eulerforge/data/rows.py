@@ -6,20 +6,15 @@ ids. Kinds may be mixed in a file. ``data.schema`` maps our key to the file's co
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import attrs
 
+from eulerforge.config.schema import ROW_KEYS
 from eulerforge.data.read import BadRows, SourceRow, json_type
-from eulerforge.errors import ConfigError
 
-SCHEMA_KEYS = (
-    "prompt", "response", "text", "messages", "role", "content", "conversations", "from", "value",
-    "instruction", "input", "output", "input_ids", "labels", "attention_mask",
-)  # fmt: skip
 # The keys that a kind needs, most telling first; the first kind whose keys are all there wins.
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("messages", ("messages",)),
@@ -101,12 +96,7 @@ class RowParser:
     """
 
     def __init__(self, schema: Mapping[str, str], *, processed: bool = False, vocabulary: int = 0) -> None:
-        for key in schema:
-            if key not in SCHEMA_KEYS:
-                close = difflib.get_close_matches(key, SCHEMA_KEYS, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(SCHEMA_KEYS)}"
-                raise ConfigError(f"{key} is no row key", key=f"data.schema.{key}", hint=hint)
-        self._columns = {key: schema.get(key, key) for key in SCHEMA_KEYS}
+        self._columns = {key: schema.get(key, key) for key in ROW_KEYS}
         self._kinds: dict[tuple[str, ...], str | None] = {}
         self._processed = processed
         self._vocabulary = vocabulary

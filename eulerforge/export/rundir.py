@@ -143,7 +143,7 @@ def open_base(
     run = load_run_config(str(location.folder / CONFIG_FILE), [], strategy_configs=registry.strategy_config).run
     if run.model.trust_remote_code and say is not None:
         say(f"warning: {location.folder / CONFIG_FILE} turns model.trust_remote_code on: the model's own code runs now")
-    where = pick_device(device or run.device)
+    where = pick_device(device or run.device, hint="--device cpu")
     loaded = load_model(run, device=where, say=say)
     weights = base_weights(loaded.source.folder)
     trained_on = location.state.identity.get("model_name", weights["sha256"])

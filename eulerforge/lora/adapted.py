@@ -27,6 +27,9 @@ class AdaptedModule(nn.Module):
     merges_in_parts = True
     """Whether ``merged_part`` takes a part of a tensor; with False it is called with the whole tensor alone."""
 
+    trains_base = True
+    """Whether ``forward`` gives the parameters of ``base_layer`` their gradient, where a phase trains them."""
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         if isinstance(base_layer, AdaptedModule):

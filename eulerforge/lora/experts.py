@@ -78,6 +78,8 @@ class LoRAExperts(AdaptedModule):
         ModelError: the experts have another layout (biases, transposed weights), or are adapted already.
     """
 
+    trains_base = False
+
     def __init__(
         self,
         base_layer: nn.Module,

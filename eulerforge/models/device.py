@@ -18,8 +18,8 @@ SLOW = 3
 """Times the seconds of fp32 from which on a warning is worth it."""
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, or the CPU where there is none.
+def pick_device(name: str, *, hint: str = "--set device=cpu") -> torch.device:
+    """``auto`` is the first CUDA device, or the CPU where there is none; ``hint`` is what the command can be told.
 
     Raises:
         DeviceError: a CUDA device is named that is not there.
@@ -38,7 +38,7 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= count:
         found = f"this machine has {count} CUDA devices" if count else "this machine has no CUDA device"
-        raise DeviceError(f"{name} is asked for, but {found}", key="device", hint="--set device=cpu")
+        raise DeviceError(f"{name} is asked for, but {found}", key="device", hint=hint)
     return torch.device("cuda", device.index or 0)
 
 
@@ -70,7 +70,8 @@ def slow_products(precision: LoadPrecision, device: torch.device) -> str | None:
         return None
     return (
         f"this processor multiplies {DTYPE_NAMES[dtype]} matrices {times:.0f} times slower than fp32 ones, and the run"
-        f" will be slow; --set model.load_precision.{key}=fp32 is faster and needs twice the memory for weights"
+        f" will be slow; --set model.load_precision.{key}=fp32 is faster and needs twice the memory for "
+        + ("weights" if key == "mode" else "what is not quantized")
     )
 
 

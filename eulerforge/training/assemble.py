@@ -21,6 +21,7 @@ from eulerforge.data.render import dated
 from eulerforge.errors import UsageError
 from eulerforge.models.device import pick_device, slow_products
 from eulerforge.models.load import load_model, load_tokenizer
+from eulerforge.models.processor import product_key
 from eulerforge.models.sizes import gib
 from eulerforge.models.soundness import refuse_ids_beyond
 from eulerforge.models.source import BaseSource, resolve_source
@@ -169,7 +170,8 @@ def assemble(
     if config.model.trust_remote_code:
         warnings.append("model.trust_remote_code is on: Python code that comes with the model has run in this process")
     if loaded.dtype == torch.float16:
-        warnings.append("fp16 gradients can underflow in the base; bf16 or fp32 are safer (model.load_precision.mode)")
+        key = f"model.load_precision.{product_key(config.model.load_precision)}"
+        warnings.append(f"fp16 gradients can underflow in the base; bf16 or fp32 are safer ({key})")
     if slow := slow_products(config.model.load_precision, device):
         warnings.append(slow)
     layout, isolation = plan_layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)

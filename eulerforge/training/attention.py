@@ -107,7 +107,7 @@ def kernel_for(
     general = "padded" if softcap is None else "matmul"
     if device.type != "cuda":
         return general, f"no kernel for variable lengths on {device.type}"
-    if dtype in _HALF and heads[2] <= 256:
+    if dtype in _HALF and heads[2] <= 256 and _runs_flash_attention(device):
         if _has_flash_attn():
             return "flash-attn", ""
         if softcap is None and _varlen_arguments() is not None:
@@ -188,6 +188,12 @@ def _window(call: _Call) -> tuple[int, int]:
 def _has_flash_attn() -> bool:
     """Every layer asks, and where it is not installed the whole path of imports is searched for it."""
     return importlib.util.find_spec("flash_attn") is not None
+
+
+@cache
+def _runs_flash_attention(device: torch.device) -> bool:
+    """Both kernels are FlashAttention 2, which asks for compute capability 8.0."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

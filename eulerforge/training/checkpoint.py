@@ -8,6 +8,7 @@ The order of a save: stage, flush the files, manifest, flush, one rename, flush 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -159,9 +160,9 @@ def rotate(out: Path, state: TrainState, *, keep_last: int | None, keep_best: in
             own.append((folder, manifest.get("held_out_loss")))
     # one beyond this step lies on a branch that the run has left, and may not count as the newest
     past = [(folder, loss) for folder, loss in own if _step_of(folder) <= state.step]
-    measured = sorted(
-        ((loss, -_step_of(folder), folder) for folder, loss in past if loss is not None), key=lambda entry: entry[:2]
-    )
+    # NaN is not below any number nor above it, and would stand wherever it came
+    finite = [(loss, folder) for folder, loss in past if loss is not None and math.isfinite(loss)]
+    measured = sorted(((loss, -_step_of(folder), folder) for loss, folder in finite), key=lambda entry: entry[:2])
     kept = {folder for folder, _ in past[: keep_last or 1]} | {folder for *_, folder in measured[: keep_best or 0]}
     return [folder for folder, _ in reversed(past) if folder not in kept]
 

@@ -17,6 +17,7 @@ from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.errors import EulerForgeError, first_line
 from eulerforge.models.device import base_dtype
 from eulerforge.models.meta import meta_model, stored_dtype
+from eulerforge.models.quantized import plan_of
 from eulerforge.models.sizes import gib
 from eulerforge.training.coverage import inject_and_plan
 from eulerforge.training.estimate import Estimate
@@ -90,6 +91,16 @@ class Estimated:
         rows = self.largest_tokens // longest
         return f"{said}: the largest that fits is {self.largest_tokens:,} tokens, {rows} rows; ", self.largest_tokens
 
+    @property
+    def packing(self) -> str | None:
+        """How rows are laid out, which is not what the preset says where the backbone cannot be packed."""
+        return self.estimator.layout.packing
+
+    def has_fused_experts(self) -> bool:
+        """Whether the model has experts that no quantized mode reaches."""
+        config = self.estimator.config
+        return bool(plan_of(self.estimator.model, config.model.load_precision, self.estimator.dtype).experts)
+
     def choice(self) -> str:
         """What ``auto`` chose, and why."""
         found = self.found
@@ -112,6 +123,13 @@ class NoEstimate:
     def shortage(self) -> tuple[str, int | None]:
         """As of an estimate: nothing."""
         return "", None
+
+    packing = None
+    """Nobody knows."""
+
+    def has_fused_experts(self) -> bool:
+        """Nobody knows."""
+        return False
 
     @property
     def every(self) -> int:

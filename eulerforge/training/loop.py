@@ -21,6 +21,7 @@ import torch
 from eulerforge.data.batches import BatchPlan
 from eulerforge.data.packing import Lines
 from eulerforge.errors import RunError
+from eulerforge.models.processor import product_key
 from eulerforge.training.assemble import Run
 from eulerforge.training.checkpoint import TrainState
 from eulerforge.training.debug import GroupNorms
@@ -183,8 +184,9 @@ def _measure(run: Run, state: TrainState, log: RowLog, progress: Progress, stop_
 def _refuse_non_finite(what: str, state: TrainState, run: Run) -> None:
     """Raises RunError unless the preset leaves such steps out and has not left out too many."""
     config = run.config.training
+    key = product_key(run.config.model.load_precision)
     hint = (
-        "the step was not applied; a smaller training.lr, a longer warm-up, or model.load_precision.mode=fp32"
+        f"the step was not applied; a smaller training.lr, a longer warm-up, or model.load_precision.{key}=fp32"
         " usually mends it, and --resume goes on from the last checkpoint"
     )
     if config.on_nonfinite == "skip":

@@ -53,9 +53,11 @@ class Shortage:
         try:
             made = self.estimate() if self.estimate is not None else None
             words, largest = made.shortage() if made is not None else ("", None)
+            experts = made is not None and made.has_fused_experts()
+            packing = made.packing if made is not None else None
         except Exception:  # noqa: BLE001 - what is reported is the error that came before
-            words, largest = "", None
-        return words + advice(self.config, largest)
+            words, largest, experts, packing = "", None, False, None
+        return words + advice(self.config, largest, experts=experts, packing=packing)
 
 
 @contextmanager
@@ -78,12 +80,17 @@ def out_of_memory_advice(config: RunConfig) -> Iterator[Shortage]:
         ) from error
 
 
-def advice(config: RunConfig, largest: int | None = None) -> str:
-    """What makes a run smaller, most effective first; ``largest`` tokens of a micro-batch are known to fit."""
+def advice(config: RunConfig, largest: int | None = None, *, experts: bool = False, packing: str | None = None) -> str:
+    """What makes a run smaller, most effective first; ``largest`` tokens of a micro-batch are known to fit.
+
+    Nothing is named that the run would be refused for: int4 reaches no ``experts`` that are fused into one tensor, and
+    a quantized base does not train. ``packing`` is the layout that the run has, whatever it was asked for.
+    """
     training, longest, parts = config.training, config.data.max_length, []
-    if config.model.load_precision.mode not in ("int4", "int8"):
+    trains_base = any({"base_ffn", "router"} & set(phase.trainable) for phase in training.phases)
+    if config.model.load_precision.mode not in ("int4", "int8") and not (experts or trains_base):
         parts.append(f"model.load_precision.mode=int4 (now {config.model.load_precision.mode})")
-    if config.data.packing == "flat":  # tokens bound a micro-batch here, whatever batch_size is
+    if (packing or config.data.packing) == "flat":  # tokens bound a micro-batch here, whatever batch_size is
         now = token_budget(config, pick_device(config.device))
         fewer = largest if largest and largest < now else max(longest, now // 2)
         if fewer < now:

@@ -31,13 +31,17 @@ def is_finished(out: Path) -> bool:
     return (out / FINAL / MANIFEST_FILE).exists()
 
 
-def is_finished_and_whole(out: Path, say: Callable[[str], None]) -> bool:
-    """Whether nothing is left to do; a ``final`` that is damaged is said, and is to be written again."""
+def is_finished_and_whole(out: Path, say: Callable[[str], None], *, wanted: int | None = None) -> bool:
+    """Whether nothing is left to do; a ``final`` that is damaged is said, and is to be written again.
+
+    A run of fewer steps than are ``wanted`` now goes on, if its other keys let it.
+    """
     if not is_finished(out):
         return False
     try:
         verify(out / FINAL)
-        read_state(out / FINAL)
+        if read_state(out / FINAL).step < (wanted or 0):
+            return False
     except CheckpointError as error:
         say(f"{error}; it will be written again")
         return False

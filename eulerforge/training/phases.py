@@ -16,6 +16,7 @@ from eulerforge.api import BackboneAdapter, InjectionReport
 from eulerforge.config.phase_checks import phase_problems
 from eulerforge.config.schema import TrainingConfig
 from eulerforge.errors import ConfigError, EulerForgeError, ModelError, PluginError
+from eulerforge.lora.wrap import adapted_modules
 
 Groups = Mapping[str, tuple[str, ...]]
 
@@ -137,8 +138,24 @@ def _refuse_empty(phase: Phase, groups: Groups, layer_names: tuple[str, ...]) ->
     raise ModelError(
         f"No trainable parameters{which} (phase from step {phase.step})",
         key="training.phases",
-        hint=f"{hint}; --debug-trainable-names lists what trains",
+        hint=hint,
     )
+
+
+def refuse_untrained_bases(model: nn.Module, plan: PhasePlan) -> None:
+    """Raises ConfigError where a phase trains weights below a wrapper that gives them no gradient."""
+    for path, module in adapted_modules(model):
+        if module.trains_base:
+            continue
+        for group, names in plan.groups.items():
+            below = [name for name in names if name.startswith(f"{path}.base_layer.")]
+            if below:
+                raise ConfigError(
+                    f"the group {group} cannot train {below[0]}: a {type(module).__name__} gives its base no gradient",
+                    key="training.phases",
+                    hint=f"take {group} out of training.phases, or the keywords of {path.rpartition('.')[2]} out of"
+                    " injection.target_keywords",
+                )
 
 
 def _refuse_overlap(groups: Groups) -> None:

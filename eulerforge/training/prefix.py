@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from eulerforge.config.cachedir import cache_root
@@ -137,9 +138,10 @@ class _StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)
 
-    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        states: torch.Tensor = self.__dict__["states_BTH"]
-        return states
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        states_BTH: torch.Tensor = self.__dict__["states_BTH"]
+        # a line may be filled up beyond the longest that there is (``data/packing.py``)
+        return F.pad(states_BTH, (0, 0, 0, hidden_states.shape[1] - states_BTH.shape[1]))
 
 
 def first_trained_layer(model: Any, trained_names: tuple[str, ...]) -> int:

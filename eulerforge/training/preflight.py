@@ -12,6 +12,7 @@ import torch
 
 from eulerforge.data.batches import Batch, BatchPlan
 from eulerforge.errors import RunError
+from eulerforge.models.processor import product_key
 from eulerforge.models.quantized import parameter_count
 from eulerforge.training.assemble import Run
 from eulerforge.training.estimate import estimate_lines
@@ -95,9 +96,10 @@ def _probe(run: Run, phase: Phase, batch: Batch) -> dict[str, Any]:
     loss_sum, label_tokens = label_token_loss(run.model, batch)
     loss = loss_sum / label_tokens
     if not torch.isfinite(loss):
+        key = f"model.load_precision.{product_key(run.config.model.load_precision)}"
         raise RunError(
             f"the loss of the base model is {float(loss.detach())} on the first rows",
-            hint="try model.load_precision.mode=fp32; if that changes nothing, the model's weights are damaged",
+            hint=f"try {key}=fp32; if that changes nothing, the model's weights are damaged",
         )
     loss.backward()
     seconds = _since(began, run.device)

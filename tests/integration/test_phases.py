@@ -117,3 +117,14 @@ def test_base_weights_train_when_a_phase_names_them_and_only_then(tmp_path: Path
         else:
             assert torch.equal(early[name], late[name])
     assert sum(name.endswith("base_layer.weight") for name in early) == 9
+
+
+def test_experts_below_adapters_are_not_named_as_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their layer gives the base weights no gradient: the run would end with them as they were, and say nothing."""
+    tinyrun.prepare(tmp_path, "mixtral")
+    phases = [{"step": 0, "trainable": ["lora", "base_ffn"]}]
+    assert main(tinyrun.arguments(tmp_path, backbone="mixtral", training__phases=phases)) == 2
+    said = capsys.readouterr().err
+    assert "error: training.phases: the group base_ffn cannot train" in said
+    assert "gives its base no gradient" in said
+    assert "hint: take base_ffn out of training.phases, or the keywords of experts out of" in said

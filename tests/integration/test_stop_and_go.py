@@ -243,15 +243,27 @@ def test_what_may_change_silently_changes_no_bit(
         assert (straight / name).read_bytes() == (out / name).read_bytes(), name
 
 
-def test_a_run_without_a_curve_is_made_longer(straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_without_a_curve_is_made_longer(straight: Path, tmp_path: Path, finished: bool) -> None:
     constant = {"training__scheduler": "constant"}
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert main(words(straight, whole, **constant)) == 0
     assert main(words(straight, out, **constant, training__max_train_steps=4)) == 0
-    shutil.rmtree(out / "final")
+    if not finished:
+        shutil.rmtree(out / "final")
     assert main([*words(straight, out, **constant), "--resume"]) == 0
-    name = "checkpoint-6/optimizer.safetensors"
-    assert (whole / name).read_bytes() == (out / name).read_bytes()
+    for name in ("checkpoint-6/optimizer.safetensors", "final/adapter.safetensors"):
+        assert (whole / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_finished_run_whose_curve_has_ended_is_not_made_longer(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    assert main([*words(straight, out, training__max_train_steps=9), "--resume"]) != 0
+    assert "training.max_train_steps: was 6 when the run began and is 9 now" in capsys.readouterr().err
+    assert (out / "final" / "adapter.safetensors").read_bytes() == (straight / "final/adapter.safetensors").read_bytes()
 
 
 def test_another_torch_is_said_and_recorded(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,30 @@ def test_all_that_is_wrong_is_said_at_once_with_its_source(
     assert shown.count("error: --set: ") == 3
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"device": "gpu"}, "device: 'gpu' is no device"),
+        ({"device": "cuda:first"}, "device: 'cuda:first' is no device"),
+        ({"data__schema": {"promt": "question"}}, "data.schema.promt: promt is no row key"),
+        ({"data__date": "tomorrow"}, "data.date: 'tomorrow' is no day"),
+    ],
+)
+def test_what_needs_no_model_is_checked_without_one(
+    prepared: Path, tmp_path: Path, change: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(prepared, tmp_path, "--validate-only", **change)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_file_of_another_format_is_refused_without_a_model(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,response\n")
+    assert main(words(prepared, tmp_path, "--validate-only", data__path=str(tmp_path / "rows.csv"))) == 2
+    assert ".csv files are not read" in capsys.readouterr().err
+
+
 def test_print_config_is_a_preset_that_gives_the_same_configuration(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

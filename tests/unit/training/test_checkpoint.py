@@ -172,6 +172,12 @@ def test_keep_best_goes_by_the_held_out_loss_and_the_newest_stays(saved: Saved) 
     assert names(saved.out) == ["checkpoint-5", "checkpoint-6"]
 
 
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(saved: Saved) -> None:
+    for step, loss in ((1, 2.0), (2, 1.0), (3, float("nan")), (4, 3.0)):
+        saved.save(step, held_out=loss, keep_best=1)
+    assert names(saved.out) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(saved: Saved) -> None:
     """After a fall back from a damaged 10 to 8, the one just written is the newest that counts."""
     saved.save(8)

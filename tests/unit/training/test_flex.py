@@ -224,6 +224,7 @@ def test_which_kernel_on_cuda(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(attention, "_runs_flash_attention", lambda device: True)
     monkeypatch.setattr(attention, "_has_flash_attn", lambda: flash)
     monkeypatch.setattr(attention, "_varlen_arguments", lambda: frozenset({"scale"}) if varlen else None)
     asked: list[Any] = []
@@ -237,3 +238,18 @@ def test_which_kernel_on_cuda(
         assert ("attention dropout" in said) == ("dropout" in more)
     tried = [(GPU, dtype, (8, 2, width), "softcap" in more)]
     assert asked == (tried if refused or expected == "flex" else [])
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "flex"), ((8, 0), "varlen"), ((9, 0), "varlen")])
+def test_a_card_before_ampere_gets_no_flash_attention(
+    capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
+    monkeypatch.setattr(attention, "_varlen_arguments", lambda: frozenset({"scale"}))
+    monkeypatch.setattr(flex, "refusal", lambda *_: "")
+    attention._runs_flash_attention.cache_clear()
+    try:
+        assert kernel_for(GPU, torch.float16, (8, 2, 64))[0] == expected
+    finally:
+        attention._runs_flash_attention.cache_clear()

@@ -147,6 +147,25 @@ def test_advice_names_only_what_can_still_be_changed(tmp_path: Path) -> None:
     assert advice(config) == "try, in this order, --set a smaller data.max_length (now 128)"
 
 
+def test_advice_names_no_quantization_that_would_be_refused(tmp_path: Path) -> None:
+    config = tinyrun.loaded(tmp_path).run
+    assert "int4" in advice(config)
+    assert "int4" not in advice(config, experts=True)
+    phases = [{"step": 0, "trainable": ["lora", "base_ffn"]}]
+    assert "int4" not in advice(tinyrun.loaded(tmp_path, training__phases=phases).run)
+
+
+@pytest.mark.parametrize(("family", "fused"), [("llama", False), ("mixtral", True)])
+def test_a_run_knows_its_fused_experts(tmp_path: Path, family: str, fused: bool) -> None:
+    from eulerforge.training.estimated import Estimated, from_config
+
+    tinyrun.prepare(tmp_path, family=family)
+    config = tinyrun.loaded(tmp_path, backbone="auto").run
+    found = from_config(config, load_registry(), tmp_path / "base", None, torch.device("cpu"))
+    assert isinstance(found, Estimated)
+    assert found.has_fused_experts() == fused
+
+
 def test_what_autograd_keeps_is_counted_once_and_without_parameters() -> None:
     layer = nn.Linear(8, 8, bias=False)
     x = torch.randn(4, 8, requires_grad=True)

@@ -62,6 +62,21 @@ def test_three_epochs_with_it_equal_three_without(half: Callable[..., Any], fami
     assert any(".layers.0." in name for name in names), "the layers are back in their places"
 
 
+@pytest.mark.parametrize("packing", ["flat", "bins"])
+def test_lines_that_are_filled_up_to_whole_sixteens_are_read_too(
+    half: Callable[..., Any], packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eulerforge.data.packing.CPU_STEP_FROM", 32)
+    steps = 2 * ROWS // BATCH
+    _, losses, _ = trained(half(data__packing=packing, output_dir=None), steps)
+    run = half(data__packing=packing, training__cache_frozen_prefix=True)
+    wide = [sum(len(run.datasets.train.row(index)[0]) for index in range(at, at + BATCH)) for at in range(ROWS - BATCH)]
+    assert any(width >= 32 and width % 16 for width in wide)
+    _, again, calls = trained(run, steps)
+    assert again == pytest.approx(losses, rel=1e-5)
+    assert calls[0] == steps // 2
+
+
 def test_the_file_has_the_stated_size_and_no_name(half: Callable[..., Any], tmp_path: Any) -> None:
     run = half(training__cache_frozen_prefix=True)
     tokens = int(run.datasets.train.lengths.sum())
