@@ -13,7 +13,6 @@ from eulerforge.cli.plugin_options import DEBUG_HELP, add_plugin_options
 from eulerforge.config import LoadedConfig, load_run_config
 from eulerforge.config.location import resolve_location
 from eulerforge.config.phase_checks import phase_problems
-from eulerforge.data.files import what_is_wrong
 from eulerforge.errors import ConfigError, PluginError, Problem, UsageError
 
 if TYPE_CHECKING:
@@ -88,6 +87,8 @@ def _sourced(problem: Problem, loaded: LoadedConfig) -> Problem:
 
 
 def _missing_files(loaded: LoadedConfig) -> Iterator[Problem]:
+    from eulerforge.data.files import what_is_wrong  # takes as long to import as all the rest of this check
+
     data = loaded.run.data
     for key, texts in (("data.path", data.path), ("data.validation.path", data.validation.path)):
         for text in texts:

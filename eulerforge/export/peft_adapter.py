@@ -117,7 +117,7 @@ def peft_config(run: TrainedRun, layers: dict[str, LoRALinear]) -> dict[str, Any
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(run.source.folder if run.source.kind == "gguf" else run.source.name),
+        "base_model_name_or_path": run.source.name if run.source.kind == "hub" else str(run.source.folder.resolve()),
         "revision": run.run.model.revision,
         "inference_mode": True,
         "r": rank,

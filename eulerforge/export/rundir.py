@@ -21,7 +21,7 @@ from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model
 from eulerforge.models.source import BaseSource
 from eulerforge.training.checkpoint import TrainState, latest_complete, load_trained, read_state, verify
-from eulerforge.training.outdir import CONFIG_FILE, FINAL
+from eulerforge.training.outdir import CONFIG_FILE, FINAL, went_on_to
 from eulerforge.training.receipt import base_weights
 
 if TYPE_CHECKING:
@@ -207,9 +207,10 @@ def _choose(folder: Path, checkpoint: int | None, say: Callable[[str], None] | N
                 hint=f"it has {', '.join(there)}" if there else "the run saved no checkpoint",
             )
         return chosen, ()
-    if (folder / FINAL).is_dir():
+    newest = went_on_to(folder)
+    if (folder / FINAL).is_dir() and newest is None:
         return folder / FINAL, ()
-    newest = latest_complete(folder, say=say)
+    newest = newest or latest_complete(folder, say=say)
     if newest is None:
         raise CheckpointError(
             f"{folder} has no {FINAL} and no complete checkpoint", hint="train on with eulerforge train --resume"

@@ -10,8 +10,9 @@ import importlib.util
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from eulerforge.config.atomic import commit_folder, file_state
 from eulerforge.config.cachedir import cache_root
@@ -19,7 +20,7 @@ from eulerforge.config.knownhash import known_sha256
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.soundness import check_folder
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the conversion's result changes, so that old entries are not used."""
 NEEDED = ("gguf", "accelerate")
 """What transformers wants for the conversion; it asks for the second one only when it is about to load."""
@@ -74,13 +75,17 @@ def _convert(path: Path, out: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
+                output_loading_info=True,
             )
+            _refuse_incomplete(path, info)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except ModelError:
+            raise
         except Exception as error:
             first = first_line(error)
             raise ModelError(
@@ -93,3 +98,13 @@ def _convert(path: Path, out: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _refuse_incomplete(path: Path, info: Mapping[str, Any]) -> None:
+    """transformers fills what the file lacks with random numbers, and the converted folder would look whole."""
+    if absent := sorted(info.get("missing_keys", ())):
+        raise ModelError(
+            f"{path.name} lacks {len(absent)} of the model's tensors, {absent[0]} first",
+            key="model_name",
+            hint="a model that is split over several GGUF files is joined first, with llama-gguf-split --merge",
+        )

@@ -15,8 +15,6 @@ from bitsandbytes.functional import int8_vectorwise_quant
 from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch import nn
 
-from eulerforge.lora.room import room
-
 INT8_STEPS = 127.0
 
 
@@ -47,7 +45,9 @@ class Int8Linear(Linear8bitLt):
 
 def dequantized(layer: Linear8bitLt) -> torch.Tensor:
     """The weight in fp32, shape (out_features, in_features)."""
-    return layer.weight.data.float().mul_(_scales(layer))
+    # bitsandbytes' own forward moves the scales from the weight to the layer's state
+    scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return layer.weight.data.float().mul_(scale.view(-1, 1) / INT8_STEPS)
 
 
 class _Product(torch.autograd.Function):
@@ -56,26 +56,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NI: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
         ctx.layer = layer
-        return F.linear(x_NI, _in_room(layer, x_NI.dtype))
+        return F.linear(x_NI, dequantized(layer).to(x_NI.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (grad_NO,) = grads
-        return grad_NO @ _in_room(ctx.layer, grad_NO.dtype), None
-
-
-def _in_room(layer: Linear8bitLt, dtype: torch.dtype) -> torch.Tensor:
-    """The dequantized weight in ``dtype`` where the next layer's will lie: the heap would keep a hole for each size."""
-    rows_OI = layer.weight.data
-    scale_O1 = _scales(layer)
-    exact_OI = torch.mul(rows_OI, scale_O1, out=room("dequantized", rows_OI.shape, scale_O1))
-    if dtype == exact_OI.dtype:
-        return exact_OI
-    return room("dequantized", rows_OI.shape, exact_OI.new_empty(0, dtype=dtype)).copy_(exact_OI)
-
-
-def _scales(layer: Linear8bitLt) -> torch.Tensor:
-    """What a step of each row stands for, fp32 (out_features, 1)."""
-    # bitsandbytes' own forward moves the scales from the weight to the layer's state
-    scale_O: torch.Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-    return scale_O.view(-1, 1) / INT8_STEPS
+        return grad_NO @ dequantized(ctx.layer).to(grad_NO.dtype), None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from eulerforge.config.atomic import fsync_path, put_back_replaced, remove_leftovers
 from eulerforge.errors import CheckpointError, RunError, UsageError
-from eulerforge.training.checkpoint import MANIFEST_FILE, delete_folder, read_state, verify
+from eulerforge.training.checkpoint import MANIFEST_FILE, delete_folder, latest_complete, read_state, verify
 from eulerforge.training.final import FOLDER as FINAL
 from eulerforge.training.receipt import FILE_NAME as RECEIPT_FILE
 
@@ -34,18 +34,38 @@ def is_finished(out: Path) -> bool:
 def is_finished_and_whole(out: Path, say: Callable[[str], None], *, wanted: int | None = None) -> bool:
     """Whether nothing is left to do; a ``final`` that is damaged is said, and is to be written again.
 
-    A run of fewer steps than are ``wanted`` now goes on, if its other keys let it.
+    A run of fewer steps than are ``wanted`` now goes on from its newest checkpoint, if its other keys let it.
+
+    Raises:
+        CheckpointError: it has none, and would begin anew over what it has.
     """
     if not is_finished(out):
         return False
     try:
         verify(out / FINAL)
-        if read_state(out / FINAL).step < (wanted or 0):
-            return False
+        final = read_state(out / FINAL)
     except CheckpointError as error:
         say(f"{error}; it will be written again")
         return False
-    return True
+    if final.step >= (wanted or 0):
+        return True
+    if latest_complete(out, say=say, run_id=final.run_id) is None:
+        raise CheckpointError(
+            f"{out} is finished at step {final.step} and has no complete checkpoint to go on from",
+            key="training.max_train_steps",
+            hint="--output-dir takes another folder, --overwrite starts anew and deletes what is there",
+        )
+    return False
+
+
+def went_on_to(out: Path) -> Path | None:
+    """The newest checkpoint of a finished run that was made longer and has not come to its new end; else None."""
+    try:
+        final = read_state(out / FINAL)
+        newest = latest_complete(out, run_id=final.run_id)
+        return newest if newest is not None and read_state(newest).step > final.step else None
+    except CheckpointError:
+        return None
 
 
 def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -61,12 +81,13 @@ def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is not a folder", key="output_dir", hint="give a folder, or a name that is free")
     if is_used(out) and not (resume or overwrite):
-        state = "a finished run" if is_finished(out) else "an unfinished run"
+        finished = is_finished(out) and went_on_to(out) is None
+        state = "a finished run" if finished else "an unfinished run"
         raise UsageError(
             f"{out} holds {state}",
             key="output_dir",
             hint="--overwrite starts anew and deletes it; --output-dir takes another folder"
-            if is_finished(out)
+            if finished
             else "--resume goes on with it, --overwrite starts anew and deletes it",
         )
     if not is_used(out) and (any((out / name).exists() for name in (FINAL, *_OURS)) or any(out.glob("checkpoint-*"))):

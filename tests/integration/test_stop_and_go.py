@@ -18,6 +18,7 @@ import tinyrun
 
 from eulerforge.cli.main import main
 from eulerforge.training import loop, session
+from eulerforge.training.checkpoint import read_state
 
 SETTINGS: dict[str, Any] = {
     "data__validation__size": 6,
@@ -254,6 +255,40 @@ def test_a_run_without_a_curve_is_made_longer(straight: Path, tmp_path: Path, fi
     assert main([*words(straight, out, **constant), "--resume"]) == 0
     for name in ("checkpoint-6/optimizer.safetensors", "final/adapter.safetensors"):
         assert (whole / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_longer_run_that_was_stopped_is_unfinished(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    constant = {"training__scheduler": "constant"}
+    out = tmp_path / "run"
+    assert main(words(straight, out, **constant, training__max_train_steps=4)) == 0
+    four = tmp_path / "final of four"
+    shutil.copytree(out / "final", four)
+    assert main([*words(straight, out, **constant), "--resume"]) == 0
+    # as a kill between the last checkpoint and the end leaves it
+    shutil.rmtree(out / "final")
+    shutil.copytree(four, out / "final")
+    capsys.readouterr()
+    assert main(words(straight, out, **constant)) == 2
+    assert "--resume goes on with it" in capsys.readouterr().err
+    assert main(["merge", str(out), "--output", str(tmp_path / "merged")]) == 0
+    assert "the run is not finished: checkpoint-6 is used" in capsys.readouterr().err
+    assert main([*words(straight, out, **constant), "--resume"]) == 0
+    assert read_state(out / "final").step == 6
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main([*words(straight, out, training__max_train_steps=9), "--resume"]) != 0
+    assert "is finished at step 6 and has no complete checkpoint to go on from" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_finished_run_whose_curve_has_ended_is_not_made_longer(
