@@ -31,7 +31,11 @@ def _check_inside(_: object, attribute: attrs.Attribute[str], value: str) -> Non
 def _names(values: Iterable[str]) -> tuple[str, ...]:
     if isinstance(values, str):
         raise ValueError(f"a list of names is wanted, not the single text {values!r}")
-    return tuple(values)
+    names = tuple(values)
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"a list of names is wanted, and {name!r} is none")
+    return names
 
 
 @attrs.frozen(kw_only=True)
@@ -92,6 +96,6 @@ class PresetSpec:
     """A preset file inside a plugin's package: ``file`` is relative to ``package`` and stays below it."""
 
     name: str = attrs.field(validator=_check_name)
-    package: str
+    package: str = attrs.field(validator=attrs.validators.instance_of(str))
     file: str = attrs.field(validator=_check_inside)
-    summary: str = ""
+    summary: str = attrs.field(default="", validator=attrs.validators.instance_of(str))

@@ -158,7 +158,9 @@ def _traceback() -> None:
 
 def entry() -> NoReturn:
     """The console script."""
-    from eulerforge.cli.streams import open_standard_streams
+    from eulerforge.cli.streams import Unbreakable, open_standard_streams
 
     open_standard_streams()
+    # a reader of stderr that goes away ends no command; one of stdout does (see ``main``)
+    sys.stderr = Unbreakable(sys.stderr)  # type: ignore[assignment]
     sys.exit(main())

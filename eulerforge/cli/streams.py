@@ -22,6 +22,9 @@ class Unbreakable:
     def write(self, text: str) -> int:
         try:
             return int(self._stream.write(text))
+        except UnicodeEncodeError:  # a ValueError too, of a stream that works
+            encoding = self._stream.encoding
+            return int(self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding)))
         except (OSError, ValueError):  # ValueError: the stream object itself is closed
             self._lead_nowhere()
             return len(text)

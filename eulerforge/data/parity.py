@@ -201,7 +201,8 @@ def _refuse_other_prompt(rows: TokenizedRows, place: int, row: SourceRow, config
             key="data.template",
             hint="--set data.template=none trains on plain text",
         )
-    if len(prompt) < len(ids) and not labelled[len(prompt)]:
+    behind = max(1, len(prompt))  # the first token of a row has nothing that it could be learned from
+    if behind < len(ids) and not labelled[behind]:
         raise DataError(
             "the first token after the prompt that inference renders is not trained",
             source=rows.source(place),

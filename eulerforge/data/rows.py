@@ -112,9 +112,10 @@ class RowParser:
     def with_blank_answer(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The object with a stand-in for the answer that a prompt does not have yet."""
         column = self._columns
-        given = dict(data)
+        given, kind = dict(data), self._kind_of(data)
         for asked, answer in (("prompt", "response"), ("instruction", "output")):
-            if column[asked] in given:
+            # a row that is whole keeps its kind, whatever other columns it has
+            if column[asked] in given and kind in (None, f"{asked}/{answer}"):
                 given[column[answer]] = "..."
         for turns, role, content, answerer in (
             ("messages", "role", "content", "assistant"),

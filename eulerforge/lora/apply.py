@@ -110,8 +110,8 @@ def apply_injection(run: RunConfig, registry: Registry, model: nn.Module) -> Inj
 
 def _backbone(run: RunConfig, registry: Registry, model: Any) -> _Chosen:
     types = model_types(model.config)
-    fitting = next((found for kind in types if (found := registry.backbone_for(kind)) is not None), None)
     if run.backbone == "auto":
+        fitting = next((found for kind in types if (found := registry.backbone_for(kind)) is not None), None)
         if fitting is None:
             raise PluginError(
                 f"no installed backbone covers model_type {types[0]!r}",
@@ -120,6 +120,8 @@ def _backbone(run: RunConfig, registry: Registry, model: Any) -> _Chosen:
             )
         return _Chosen(spec=fitting, fitting=fitting)
     spec = registry.backbone(run.backbone)
+    # several may cover the type, of which the user has named one
+    fitting = next((covering[0] for kind in types if (covering := registry.backbones_for(kind))), None)
     if any(kind in spec.model_types for kind in types):
         return _Chosen(spec=spec, fitting=spec)
     if any(kind in spec.partial_model_types for kind in types):

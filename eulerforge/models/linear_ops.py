@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from eulerforge.api import LinearOps
-from eulerforge.errors import ModelError
+from eulerforge.errors import ModelError, PluginError
 from eulerforge.models.quantized import quantized_ops
 
 
@@ -36,10 +36,16 @@ def linear_ops_from(registry: Any) -> Callable[[nn.Module], LinearOps]:
 
     Raises (from the function):
         ModelError: no plugin knows the module and it is neither a plain nor a bitsandbytes layer.
+        PluginError: a plugin failed over a layer that is not a plain one, and no other knows it.
     """
 
     def find(module: nn.Module) -> LinearOps:
-        ops: LinearOps | None = registry.linear_ops(module)
+        try:
+            ops: LinearOps | None = registry.linear_ops(module)
+        except PluginError:
+            if type(module) is not nn.Linear:  # a plain layer is what it is, whatever a plugin thinks of it
+                raise
+            ops = None
         if ops is None:
             ops = quantized_ops(module)
         if ops is not None:

@@ -6,6 +6,7 @@ Notable: ``SystemExit`` is caught too, because ``sys.exit`` in a plugin must not
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 import traceback
@@ -63,10 +64,12 @@ def import_target(target: str) -> Any:
     """
     module_name, _, attribute = target.partition(":")
     found = isolated(f"importing {module_name}", lambda: importlib.import_module(module_name))
+    absent = object()
     for part in attribute.split("."):
-        if not hasattr(found, part):
+        # a module may compute its attributes when they are asked for
+        found = isolated(f"reading {target}", functools.partial(getattr, found, part, absent))
+        if found is absent:
             raise PluginFailure(f"{module_name} has no attribute {attribute!r}")
-        found = getattr(found, part)
     return found
 
 

@@ -55,7 +55,8 @@ def load(candidate: Candidate, manager: pluggy.PluginManager) -> PluginRecord:
     record = blank_record(candidate)
     try:
         module = isolated("loading", candidate.entry_point.load)
-        check_api(getattr(module, "EULERFORGE_API", None), candidate.distribution)
+        number = isolated("reading EULERFORGE_API", lambda: getattr(module, "EULERFORGE_API", None))
+        check_api(number, candidate.distribution)
         check_undecorated(module)
         try:
             register(manager, module, record.qualified_name)

@@ -188,16 +188,26 @@ class Registry:
         return resolvers
 
     def linear_ops(self, module: nn.Module) -> LinearOps | None:
-        """The first plugin's answer on how to read and write ``module``; one that raises is skipped with a warning."""
+        """The first plugin's answer on how to read and write ``module``; one that raises is asked no further.
+
+        Raises:
+            PluginError: one raised and no other knows: a weight in its format would be read as something else.
+        """
+        failed: PluginError | None = None
         for implementation in reversed(self._manager.hook.eulerforge_linear_ops.get_hookimpls()):
             arguments = [module][: len(implementation.argnames)]
             try:
                 ops = isolated("calling eulerforge_linear_ops", lambda: implementation.function(*arguments))  # noqa: B023
             except PluginFailure as failure:
-                self._warn(f"plugin {implementation.plugin_name} failed: {failure.reason}")
+                failed = PluginError(
+                    f"plugin {implementation.plugin_name} failed: {failure.reason}",
+                    hint=f"mend it, or switch it off with --no-plugin {implementation.plugin_name}",
+                )
                 continue
             if ops is not None:
                 return cast("LinearOps", ops)
+        if failed is not None:
+            raise failed
         return None
 
     def _warn(self, message: str) -> None:

@@ -15,7 +15,7 @@ from eulerforge.errors import DeviceError, EulerForgeError, PluginError, RunErro
 
 HEAVY = ("torch", "transformers", "numpy", "bitsandbytes", "rich", "tokenizers")
 VALIDATE = ["train", "--preset", "llama3.2_1b_dense_lora_sft", "--validate-only"]
-LIGHT = [(["--help"], 0.15), (["plugins", "list"], 0.3), (["presets", "list"], 0.4), (VALIDATE, 0.4)]
+LIGHT = [(["--help"], 0.25), (["plugins", "list"], 0.5), (["presets", "list"], 0.6), (VALIDATE, 0.6)]
 
 
 @pytest.mark.parametrize(("arguments", "seconds"), LIGHT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 
@@ -65,3 +65,12 @@ def test_a_reader_that_went_away_is_no_error_and_the_code_stays(arguments: list[
     unheard = subprocess.run([sys.executable, "-m", "eulerforge", *arguments], stdout=writer, stderr=writer)
     os.close(writer)
     assert unheard.returncode == plain.returncode
+
+
+def test_what_the_encoding_lacks_is_escaped_and_the_rest_still_comes() -> None:
+    raw = BytesIO()
+    output = Unbreakable(TextIOWrapper(raw, encoding="ascii"))
+    output.write("run \ud55c\n")
+    output.write("after\n")
+    output.flush()
+    assert raw.getvalue() == b"run \\ud55c\nafter\n"

@@ -224,3 +224,15 @@ def test_answers_cut_by_the_tool_that_made_the_ids(gate: Gate, plain: Any) -> No
     with pytest.raises(DataError, match=r"cut answer: 1 of 1 rows") as caught:
         gate(plain, [whole], format="processed", max_length=3)
     assert "data.max_length=4 keeps all" in (caught.value.problems[0].hint or "")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Add", "input": "1 2", "output": "3", "prompt": "Below is an instruction"},
+        {"prompt": "", "response": "Once upon a time"},
+    ],
+    ids=["a prompt column beside instruction and output", "an empty prompt"],
+)
+def test_rows_that_are_sound_pass(gate: Gate, plain: Any, row: dict[str, str]) -> None:
+    assert gate(plain, [row] * 4).prompts == 3

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model
 
 from eulerforge.config.schema import LoadPrecision, ModelConfig, RunConfig
-from eulerforge.errors import DeviceError, ModelError, UsageError
+from eulerforge.errors import DeviceError, ModelError, PluginError, UsageError
 from eulerforge.lora.apply import apply_injection
 from eulerforge.models.device import pick_device, pick_dtype
 from eulerforge.models.load import load_model, load_tokenizer
@@ -54,6 +54,16 @@ def test_wrong_backbone_names_the_right_one() -> None:
     with pytest.raises(ModelError, match="does not fit") as caught:
         apply_injection(run_config("m", backbone="qwen3"), REGISTRY, tiny_model("llama"))
     assert caught.value.problems[0].hint == "--set backbone=llama3"
+
+
+def test_a_named_backbone_is_taken_where_several_cover_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def several(*_: object) -> None:
+        raise PluginError("several backbones cover it", hint="name one")
+
+    monkeypatch.setattr(type(REGISTRY), "backbone_for", several)
+    assert apply_injection(run_config("m", backbone="llama3"), REGISTRY, tiny_model("llama")).backbone.name == "llama3"
+    with pytest.raises(PluginError, match="several"):
+        apply_injection(run_config("m"), REGISTRY, tiny_model("llama"))
 
 
 def test_a_misspelt_keyword_beside_good_ones_is_an_error_with_the_nearest_name() -> None:

@@ -155,3 +155,18 @@ def test_strict_refuses_and_names_all(shop):
         "plugin dist-y:y",
     ]
     shop.registry(strict=True, disable=["x", "y"])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "del EULERFORGE_API\n\ndef __getattr__(name):\n    raise ImportError('lazy')",
+        "@hookimpl\ndef eulerforge_backbones():\n    return [BackboneSpec(name='x', target='x:y', summary='',"
+        " model_types=('x',), aliases=(['x'],))]",
+    ],
+    ids=["lazy attribute", "alias that is no text"],
+)
+def test_what_fails_only_when_it_is_read_is_a_row_too(shop, code):
+    shop.plugin("x", code)
+    (record,) = shop.registry().records
+    assert record.status == "broken"
