@@ -25,12 +25,10 @@ EXCLUDED = {"data.validation.fraction", "data.validation.path", "training.num_ep
 # Free text: any string is a value that only the model, the hub or the device can judge.
 FREE_TEXT = {
     "model_name",
-    "device",
     "output_dir",
     "model.revision",
     "model.attn_implementation",
     "data.system_prompt",
-    "data.date",
 }
 
 
@@ -109,6 +107,7 @@ def valid_value(key: str, attribute: Any, rows: str) -> Any:
         "model_name": "no/matter",
         "data.path": [rows],
         "data.schema": {"prompt": "question"},
+        "data.date": "2026-02-28",
         "training.phases": [{"step": 0, "trainable": ["lora"]}, {"step": 3, "trainable": ["lora", "attn_lora"]}],
         "training.betas": [0.9, 0.99],
         "training.max_train_steps": 10,
