@@ -5,7 +5,6 @@ The help texts are the reference documentation: the preset reference and ``plugi
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from datetime import date as day
@@ -13,6 +12,7 @@ from datetime import date as day
 import attrs
 
 from eulerforge.api.settings import InjectionConfig, setting
+from eulerforge.config.suggest import nearest
 from eulerforge.errors import Problem
 
 SEED_MAX = 2**63 - 1
@@ -119,11 +119,12 @@ class DataConfig:
     def check(self) -> Iterable[Problem]:
         for key in self.schema:
             if key not in ROW_KEYS:
-                close = difflib.get_close_matches(key, ROW_KEYS, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(ROW_KEYS)}"
+                near = nearest(key, ROW_KEYS)
+                hint = f"did you mean {near}?" if near else f"known: {', '.join(ROW_KEYS)}"
                 yield Problem(key=f"schema.{key}", message=f"{key} is no row key", hint=hint)
         try:
-            day.fromisoformat(self.date or "2026-11-26")
+            if self.date:
+                day.fromisoformat(self.date)
         except ValueError:
             yield Problem(key="date", message=f"{self.date!r} is no day", hint="such as 2026-11-25")
 

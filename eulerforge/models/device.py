@@ -8,7 +8,7 @@ import torch
 
 from eulerforge.config.schema import LoadPrecision
 from eulerforge.errors import DeviceError, UsageError
-from eulerforge.models.processor import has_bf16_products, product_key
+from eulerforge.models.processor import has_bf16_products, product_key, product_mode
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -53,7 +53,7 @@ def pick_dtype(mode: str, device: torch.device) -> torch.dtype:
 
 def base_dtype(precision: LoadPrecision, device: torch.device) -> torch.dtype:
     """The dtype of a base's activations; that of its weights too, but for those that int4 and int8 quantize."""
-    return pick_dtype(getattr(precision, product_key(precision)), device)
+    return pick_dtype(product_mode(precision), device)
 
 
 def slow_products(precision: LoadPrecision, device: torch.device) -> str | None:
@@ -61,8 +61,7 @@ def slow_products(precision: LoadPrecision, device: torch.device) -> str | None:
 
     Measured, because torch multiplies halves one by one where the processor cannot: up to 90 times slower.
     """
-    key = product_key(precision)
-    if device.type != "cpu" or getattr(precision, key) in ("auto", "fp32"):
+    if device.type != "cpu" or product_mode(precision) in ("auto", "fp32"):
         return None
     dtype = base_dtype(precision, device)
     times = _product_seconds(dtype) / _product_seconds(torch.float32)
@@ -70,8 +69,8 @@ def slow_products(precision: LoadPrecision, device: torch.device) -> str | None:
         return None
     return (
         f"this processor multiplies {DTYPE_NAMES[dtype]} matrices {times:.0f} times slower than fp32 ones, and the run"
-        f" will be slow; --set model.load_precision.{key}=fp32 is faster and needs twice the memory for "
-        + ("weights" if key == "mode" else "what is not quantized")
+        f" will be slow; --set {product_key(precision)}=fp32 is faster and needs twice the memory for "
+        + ("what is not quantized" if precision.mode in ("int8", "int4") else "weights")
     )
 
 

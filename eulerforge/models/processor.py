@@ -19,11 +19,16 @@ def has_bf16_products() -> bool:
 
 
 def product_key(precision: LoadPrecision) -> str:
-    """The setting that decides in which precision a base is multiplied: ``mode``, or a quantized base's own."""
-    return "compute_dtype" if precision.mode in ("int8", "int4") else "mode"
+    """The preset key that decides in which precision a base is multiplied; a quantized base has one of its own."""
+    return f"model.load_precision.{'compute_dtype' if precision.mode in ('int8', 'int4') else 'mode'}"
+
+
+def product_mode(precision: LoadPrecision) -> str:
+    """What that key says: ``auto`` or a precision."""
+    return precision.compute_dtype if precision.mode in ("int8", "int4") else precision.mode
 
 
 def multiplies_fp32(precision: LoadPrecision) -> bool:
     """Whether a run on the CPU multiplies in fp32, by its settings."""
-    wanted = getattr(precision, product_key(precision))
+    wanted = product_mode(precision)
     return wanted == "fp32" or (wanted == "auto" and not has_bf16_products())

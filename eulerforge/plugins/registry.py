@@ -82,12 +82,12 @@ class Registry:
         self.records = mark_conflicts(records, Index.of(records))
         self.index = Index.of(self.records)
         self._manager = manager
-        self._warnings = list(warnings)
+        self._warnings = tuple(warnings)
 
     @property
     def warnings(self) -> tuple[Problem, ...]:
         """What the user should hear: names that switch nothing off, hooks that failed at run time."""
-        return tuple(self._warnings)
+        return self._warnings
 
     def faults(self) -> tuple[Problem, ...]:
         """One problem for every plugin that is broken, incompatible or in conflict."""
@@ -209,10 +209,6 @@ class Registry:
         if failed is not None:
             raise failed
         return None
-
-    def _warn(self, message: str) -> None:
-        if all(known.message != message for known in self._warnings):
-            self._warnings.append(Problem(message=message, hint=LIST_HINT))
 
     def _specs(self, kind: str) -> tuple[AnySpec, ...]:
         return tuple(offer.spec for record in self.records for offer in record.offers if offer.kind == kind)

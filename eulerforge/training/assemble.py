@@ -170,7 +170,7 @@ def assemble(
     if config.model.trust_remote_code:
         warnings.append("model.trust_remote_code is on: Python code that comes with the model has run in this process")
     if loaded.dtype == torch.float16:
-        key = f"model.load_precision.{product_key(config.model.load_precision)}"
+        key = product_key(config.model.load_precision)
         warnings.append(f"fp16 gradients can underflow in the base; bf16 or fp32 are safer ({key})")
     if slow := slow_products(config.model.load_precision, device):
         warnings.append(slow)

@@ -186,7 +186,7 @@ def _refuse_non_finite(what: str, state: TrainState, run: Run) -> None:
     config = run.config.training
     key = product_key(run.config.model.load_precision)
     hint = (
-        f"the step was not applied; a smaller training.lr, a longer warm-up, or model.load_precision.{key}=fp32"
+        f"the step was not applied; a smaller training.lr, a longer warm-up, or {key}=fp32"
         " usually mends it, and --resume goes on from the last checkpoint"
     )
     if config.on_nonfinite == "skip":

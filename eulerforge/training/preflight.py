@@ -96,7 +96,7 @@ def _probe(run: Run, phase: Phase, batch: Batch) -> dict[str, Any]:
     loss_sum, label_tokens = label_token_loss(run.model, batch)
     loss = loss_sum / label_tokens
     if not torch.isfinite(loss):
-        key = f"model.load_precision.{product_key(run.config.model.load_precision)}"
+        key = product_key(run.config.model.load_precision)
         raise RunError(
             f"the loss of the base model is {float(loss.detach())} on the first rows",
             hint=f"try {key}=fp32; if that changes nothing, the model's weights are damaged",
