@@ -136,12 +136,21 @@ class Renderer:
             return None
         return Rendered(text=text, spans=spans, where=row.where, line=row.line, stray=self.holds_special(row.messages))
 
-    def prompt(self, messages: Sequence[Message], separator: str) -> str:
-        """The text from which the next answer is generated."""
+    def prompt(self, messages: Sequence[Message], separator: str) -> Rendered:
+        """The text from which the next answer is generated, with the spans of the answers that it holds already."""
         turns = self._with_system(messages)
-        if self.uses_template:
-            return self._apply(turns, generate=True)
-        return self._joined((*turns, Message("assistant", "")), separator, close_last=False)[0]
+        if not self.uses_template:
+            text, spans = self._joined((*turns, Message("assistant", "")), separator, close_last=False)
+            return Rendered(text, spans[:-1], "prompt", 0)
+        text = self._apply(turns, generate=True)
+        given: tuple[tuple[int, int], ...] = ()
+        if any(message.role == "assistant" for message in turns):
+            try:
+                known, spans = self._templated(turns)
+                given = tuple(span for span in spans if text.startswith(known[: span[1]]))
+            except _NotAPrefixError:
+                pass  # such a row is not trained on
+        return Rendered(text, given, "prompt", 0)
 
     def holds_special(self, messages: Sequence[Message]) -> bool:
         """Whether a message holds the text of a special token."""
@@ -239,13 +248,13 @@ def render_prompt(
     row = parser.parse(SourceRow(parser.with_blank_answer(given), 0, "prompt"), bad)
     if row is None:
         raise bad.error()
-    return RowTokenizer(tokenizer).prompt(prompt_text(Renderer(config, tokenizer), row))
+    return RowTokenizer(tokenizer).prompt(_asked(Renderer(config, tokenizer), row))
 
 
-def prompt_text(renderer: Renderer, row: Row) -> str:
+def _asked(renderer: Renderer, row: Row) -> Rendered:
     """The text before the last answer of a row; all of a text row."""
     if isinstance(row, TextRow):
-        return row.text
+        return Rendered(row.text, (), row.where, row.line)
     if isinstance(row, ProcessedRow):
         raise DataError(
             "a row of token ids has no text to start from",

@@ -285,9 +285,11 @@ class RowTokenizer:
                 self._tails[special, text] = known
         return known
 
-    def prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, with the BOS token where the tokenizer uses one."""
-        return self._with_bos(self._encode([text])[0].ids)
+    def prompt(self, prompt: Rendered) -> list[int]:
+        """Ids of a prompt, with the BOS token where the tokenizer uses one; cut before earlier answers as its row is."""
+        encoding = self._encode([prompt.text])[0]
+        cut = None in self._borders([prompt], [encoding])[0]
+        return self._with_bos(self._in_pieces(prompt)[0] if cut else encoding.ids)
 
     def _encode(self, texts: Sequence[str]) -> Any:
         return self._backend.encode_batch(list(texts), add_special_tokens=False)

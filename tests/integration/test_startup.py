@@ -7,22 +7,17 @@ machine, on which the best of three counts.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from slowness import SINGLE, bare_cpu_seconds, slower
 from tinyrun import arguments, prepare
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "startup.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # a second start finds our modules compiled, as an installed one
-BARE = "import torch, transformers, time; print(time.process_time())"
 MORE_CPU_SECONDS = 1.5
-BARE_CPU_SECONDS = 1.1
-"""What the imports alone take on the machine that the goal was met on; a slower machine gets as much more."""
 ATTEMPTS = 3
 NOT_ASKED_FOR = {"bitsandbytes", "datasets", "pandas", "scipy", "sklearn", "matplotlib", "pyarrow", "wandb", "peft"}
 
@@ -31,7 +26,7 @@ def start(folder: Path) -> dict[str, Any]:
     marks = folder / "marks.json"
     words = [*arguments(folder, training__max_train_steps=1)[1:], "--overwrite"]
     command = [sys.executable, str(SCRIPT), "--child", str(marks), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=SINGLE, check=False)
     assert marks.exists(), done.stderr
     facts: dict[str, Any] = json.loads(marks.read_text(encoding="utf-8"))
     return facts
@@ -48,13 +43,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def more_than_bare(folder: Path) -> float:
     """CPU seconds from the process's start to its first step, beyond what the imports of both libraries cost.
 
-    As they would be on the machine of ``BARE_CPU_SECONDS``, where this one is slower.
+    As they would be on the machine that the goal was met on, where this one is slower.
     """
-    bare = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    bare = bare_cpu_seconds()
     started = start(folder)
     assert started["begins"]["cpu"] < started["ends"]["cpu"]
-    more = float(started["begins"]["cpu"]) - float(bare.stdout)
-    return more / max(1.0, float(bare.stdout) / BARE_CPU_SECONDS)
+    more = float(started["begins"]["cpu"]) - bare
+    return more / slower(bare)
 
 
 def test_the_first_step_begins_soon_after_the_imports(folder: Path) -> None:

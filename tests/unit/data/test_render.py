@@ -136,6 +136,20 @@ def test_a_later_answer_starts_from_a_prefix_too(train: Train, chatml: Any, data
     assert labelled[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
 
 
+@pytest.mark.parametrize("name", ["plain", "plain_bos", "no_eos", "spaced", "chatml"])
+def test_an_earlier_answer_that_merges_with_its_prompt_is_cut_as_in_training(
+    name: str, train: Train, data_config: Any, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(name)
+    said = ("question\n", "\n\nanswer", "another\n", "\n\nlast")
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    ids, labelled = train(tokenizer, {"messages": turns})
+    prompt = render_prompt(tokenizer, data_config(), {"messages": turns})
+    assert ids[: len(prompt)] == prompt
+    assert labelled[len(prompt)] and not labelled[len(prompt) - 1]
+    assert render_prompt(tokenizer, data_config(), {"messages": turns[:-1]}) == prompt
+
+
 def test_text_as_prompt(chatml: Any, plain_bos: Any, data_config: Any) -> None:
     asked = chatml.apply_chat_template(
         [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from realconfig import config_folder
+from slowness import bare_cpu_seconds, slower
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -105,9 +106,9 @@ print(len(report.sites), time.process_time() - start)
 
 
 def test_the_largest_preset_takes_less_than_five_seconds_after_torch(tmp_path: Path) -> None:
-    # processor time, because the tests share the machine with others
+    # processor time, because the tests share the machine with others; on a slow machine as much more
     command = [sys.executable, "-c", TIMED, str(config_folder(tmp_path, "mixtral-8x7b"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     sites, seconds = done.stdout.split()
     assert int(sites) == 4 * 32
-    assert float(seconds) < 5
+    assert float(seconds) < 5 * slower(bare_cpu_seconds())
