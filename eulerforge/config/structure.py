@@ -1,90 +1,23 @@
 """From a tree to attrs objects, strictly: nothing is converted that the writer did not mean, nothing passes unknown.
 
-cattrs structures the leaves with hooks that refuse every silent conversion; the walk over the classes is ours, because
-all problems are wanted at once, each with its dotted key.
+cattrs structures the leaves (``leaves``); the walk over the classes is ours, because all problems are wanted at once,
+each with its dotted key.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
-import cattrs
 
 from eulerforge.api.settings import setting_info
+from eulerforge.config.leaves import WrongTypeError, describe, options_of, read_leaf
 from eulerforge.config.suggest import nearest
 from eulerforge.errors import Problem
-
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-class _WrongType(Exception):
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, bool):
-        return f"{str(value).lower()}"
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    return "a table" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
-
-
-def _strict(kind: type) -> Callable[[Any, type], Any]:
-    def hook(value: Any, _: type) -> Any:
-        if kind is float and type(value) is int:
-            try:
-                return float(value)
-            except OverflowError:
-                raise _WrongType("the number is too large") from None
-        if type(value) is not kind:
-            raise _WrongType(f"{_KINDS[kind]} is wanted, not {_describe(value)}")
-        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise _WrongType("half of a surrogate pair is no text", "write the character itself")
-        return value
-
-    return hook
-
-
-def _sequence_hook(kind: Any) -> Callable[[Any, Any], tuple[Any, ...]]:
-    item = typing.get_args(kind)[0]
-
-    def hook(value: Any, _: Any) -> tuple[Any, ...]:
-        if not isinstance(value, (list, tuple)):
-            wanted = f'["{value}"]' if isinstance(value, str) else "[...]"
-            raise _WrongType(f"a list is wanted, not {_describe(value)}", hint=f"write {wanted}")
-        return tuple(_CONVERTER.structure(entry, item) for entry in value)
-
-    return hook
-
-
-def _mapping_hook(kind: Any) -> Callable[[Any, Any], dict[str, Any]]:
-    item = typing.get_args(kind)[1]
-
-    def hook(value: Any, _: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise _WrongType(f"a table is wanted, not {_describe(value)}")
-        return {name: _CONVERTER.structure(entry, item) for name, entry in value.items()}
-
-    return hook
-
-
-def _origin(kind: Any) -> Any:
-    return typing.get_origin(kind)
-
-
-_CONVERTER = cattrs.Converter(detailed_validation=False)
-for _kind in _KINDS:
-    _CONVERTER.register_structure_hook(_kind, _strict(_kind))
-_CONVERTER.register_structure_hook_factory(lambda kind: _origin(kind) is tuple, _sequence_hook)
-_CONVERTER.register_structure_hook_factory(lambda kind: _origin(kind) is Mapping, _mapping_hook)
 
 
 def leaf_keys(config_class: type, prefix: str = "") -> list[str]:
@@ -115,7 +48,7 @@ class Structurer:
         """An instance of ``config_class``, or None when something below it is wrong."""
         if not isinstance(tree, dict):
             names = ", ".join(attribute.name for attribute in attrs.fields(config_class))
-            self._add(prefix.rstrip("."), f"a table is wanted, not {_describe(tree)}", f"its keys are {names}")
+            self._add(prefix.rstrip("."), f"a table is wanted, not {describe(tree)}", f"its keys are {names}")
             return None
         fields = {attribute.name: attribute for attribute in attrs.fields(attrs.resolve_types(config_class))}
         before = len(self.problems)
@@ -142,36 +75,29 @@ class Structurer:
 
     def _value(self, attribute: attrs.Attribute[Any], value: Any, key: str) -> Any:
         kind: Any = attribute.type
-        if attrs.has(kind):
-            return self.structure(kind, value, key + ".")
-        item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+        (only, *others) = options_of(kind)
+        if attrs.has(only) and not others and (value is not None or only is kind):
+            return self.structure(only, value, key + ".")
+        item = typing.get_args(kind)[0] if typing.get_origin(kind) in (tuple, list) else None
         if item is not None and attrs.has(item):
             if not isinstance(value, list):
                 wanted = ", ".join(entry.name for entry in attrs.fields(item))
-                self._add(key, f"a list of tables is wanted, not {_describe(value)}", f"each has the keys {wanted}")
+                self._add(key, f"a list of tables is wanted, not {describe(value)}", f"each has the keys {wanted}")
                 return None
-            return tuple(self.structure(item, entry, f"{key}.{index}.") for index, entry in enumerate(value))
+            made = typing.get_origin(kind)
+            return made(self.structure(item, entry, f"{key}.{index}.") for index, entry in enumerate(value))
         info = setting_info(attribute)
         if info.single and not isinstance(value, list):
             value = [value]
         if info.switch is not None and isinstance(value, bool):
             value = info.switch[value]
         try:
-            result = self._leaf(kind, value)
-        except _WrongType as error:
+            result = read_leaf(kind, value)
+        except WrongTypeError as error:
             self._add(key, str(error), error.hint or _meaning(attribute))
             return None
         self._bounds(attribute, result, key)
         return result
-
-    @staticmethod
-    def _leaf(kind: Any, value: Any) -> Any:
-        if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            options = [option for option in typing.get_args(kind) if option is not type(None)]
-            return None if value is None else _CONVERTER.structure(value, options[0])
-        if value is None:
-            raise _WrongType("a value is wanted, not null")
-        return _CONVERTER.structure(value, kind)
 
     def _bounds(self, attribute: attrs.Attribute[Any], value: Any, key: str) -> None:
         info = setting_info(attribute)
@@ -225,7 +151,7 @@ def as_tree(instance: Any) -> dict[str, Any]:
             return as_tree(value)
         if isinstance(value, Mapping):
             return dict(value)
-        return [plain(entry) for entry in value] if isinstance(value, tuple) else value
+        return [plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
     fields = attrs.fields(type(instance))
     pairs = ((attribute.name, getattr(instance, attribute.name)) for attribute in fields)

@@ -65,7 +65,7 @@ def build_dataset(
     validation: TokenizedRows | None = None
     if held_out.path:
         own_files = find_files(held_out.path, key="data.validation.path")
-        validation, part = prepare.part(own_files, max_rows=None)
+        validation, part = prepare.part(own_files, max_rows=None, key="data.validation.path")
         parts.append(part)
         shared = {file.path.resolve() for file in files} & {file.path.resolve() for file in own_files}
         if shared:
@@ -124,7 +124,9 @@ class _Preparation:
             return "the file's own token ids"
         return "the tokenizer's chat template" if self._renderer.uses_template else "plain text"
 
-    def part(self, files: tuple[DataFile, ...], *, max_rows: int | None) -> tuple[TokenizedRows, PartReport]:
+    def part(
+        self, files: tuple[DataFile, ...], *, max_rows: int | None, key: str = "data.path"
+    ) -> tuple[TokenizedRows, PartReport]:
         names = tuple(file.name for file in files)
         entry = self._entry(files, max_rows) if self.config.cache else None
         loaded = entry.load(names) if entry is not None else None
@@ -140,7 +142,7 @@ class _Preparation:
             rows = collected.finish(names)
         report = PartReport(files=names, **{**facts, "findings": findings_of(facts["findings"], names)})
         if not len(rows):
-            raise self._nothing_left(report)
+            raise self._nothing_left(report, key)
         return rows, report
 
     def _entry(self, files: Sequence[DataFile], max_rows: int | None) -> CacheEntry:
@@ -249,15 +251,16 @@ class _Preparation:
             return RowChunk.of([_of_ids(row) for _, row in rows if isinstance(row, ProcessedRow)], origins)
         return attrs.evolve(self._row_tokenizer.block(rendered, encoded, bad), origins=origins)
 
-    def _nothing_left(self, report: PartReport) -> DataError:
+    def _nothing_left(self, report: PartReport, key: str) -> DataError:
         names = ", ".join(report.files)
         if not report.rows_read:
-            return DataError(f"{names}: there are no rows", key="data.path", hint="name a file with at least one row")
+            return DataError(f"{names}: there are no rows", key=key, hint="name a file with at least one row")
         why = "; ".join(f"{reason} ({count:,} rows)" for reason, count in report.dropped.items())
         return DataError(
             f"{names}: none of {report.rows_read:,} rows is left to use: {why}",
             key="data.max_length",
-            hint=f"raise data.max_length (now {self.config.max_length})",
+            hint="label what is to be trained (other than -100), or " * self._processed
+            + f"raise data.max_length (now {self.config.max_length})",
         )
 
 

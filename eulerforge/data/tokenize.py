@@ -286,7 +286,7 @@ class RowTokenizer:
         return known
 
     def prompt(self, prompt: Rendered) -> list[int]:
-        """Ids of a prompt, with the BOS token where the tokenizer uses one; cut before earlier answers as its row is."""
+        """Ids of a prompt, with the BOS token where the tokenizer uses one; cut at earlier answers as its row is."""
         encoding = self._encode([prompt.text])[0]
         cut = None in self._borders([prompt], [encoding])[0]
         return self._with_bos(self._in_pieces(prompt)[0] if cut else encoding.ids)

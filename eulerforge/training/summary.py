@@ -27,18 +27,20 @@ def make_summary(run: Run, state: TrainState, after: dict[str, Any]) -> dict[str
             "after": after["held_out_loss"],
             "change": after["held_out_loss"] / before - 1.0 if before else None,
         }
-    # by prompt, not by place: a resumed run may ask other prompts than it began with
-    base_answers = {old["prompt"]: old["answer"] for old in state.before.get("samples", [])}
+    old = state.before.get("samples", [])
+    # a resumed run may ask other prompts than it began with; the same ones keep their places, where one may come twice
+    same = [sample["prompt"] for sample in old] == [sample["prompt"] for sample in after["samples"]]
+    by_prompt = {sample["prompt"]: sample["answer"] for sample in old}
     samples = [
         attrs.asdict(
             Sample(
                 prompt=new["prompt"],
-                base=base_answers.get(new["prompt"]),
+                base=old[place]["answer"] if same else by_prompt.get(new["prompt"]),
                 tuned=new["answer"],
                 reference=new["reference"],
             )
         )
-        for new in after["samples"]
+        for place, new in enumerate(after["samples"])
     ]
     out = str(run.out)
     return {

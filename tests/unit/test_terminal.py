@@ -44,6 +44,15 @@ def test_nothing_that_steers_comes_out_raw(text: str, capsys: pytest.CaptureFixt
     assert json.loads(shown.out.splitlines()[-2])["data"]["text"] == text
 
 
+def test_json_has_no_number_that_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    output.emit_json({"loss": float("nan"), "rows": [(1.5, float("inf"))], "step": 3})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["data"] == {
+        "loss": None,
+        "rows": [[1.5, None]],
+        "step": 3,
+    }
+
+
 def test_what_people_write_stays() -> None:
     text = "naïve 日本語 🙂 ⟦x⟧\n\ttabbed — “quoted”"
     assert harmless(text) == text

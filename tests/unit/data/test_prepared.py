@@ -68,8 +68,17 @@ def test_no_row_left_is_an_error(write_rows: Write, plain: Any, data_config: Any
     with pytest.raises(DataError, match=rf"none of 3 rows is left to use: {NO_LABELS} \(3 rows\)") as caught:
         build_dataset(data_config(path=(path,), max_length=4), plain)
     assert caught.value.problems[0].key == "data.max_length"
-    with pytest.raises(DataError, match="there are no rows"):
-        build_dataset(data_config(path=(write_rows([], "empty.jsonl"),)), plain)
+    empty = write_rows([], "empty.jsonl")
+    with pytest.raises(DataError, match="there are no rows") as caught:
+        build_dataset(data_config(path=(empty,)), plain)
+    assert caught.value.problems[0].key == "data.path"
+    with pytest.raises(DataError, match="there are no rows") as caught:
+        build_dataset(data_config(path=(path,), validation={"path": (empty,)}), plain)
+    assert caught.value.problems[0].key == "data.validation.path"
+    ids = write_rows([{"input_ids": [1, 2], "labels": [-100, -100]}], "ids.jsonl")
+    with pytest.raises(DataError, match="none of 1 rows") as caught:
+        build_dataset(data_config(path=(ids,), format="processed"), plain)
+    assert str(caught.value.problems[0].hint).startswith("label what is to be trained")
 
 
 def test_bad_rows_of_all_files_are_shown_at_once(tmp_path: Path, gemma: Any, data_config: Any) -> None:

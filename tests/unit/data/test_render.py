@@ -146,7 +146,7 @@ def test_an_earlier_answer_that_merges_with_its_prompt_is_cut_as_in_training(
     ids, labelled = train(tokenizer, {"messages": turns})
     prompt = render_prompt(tokenizer, data_config(), {"messages": turns})
     assert ids[: len(prompt)] == prompt
-    assert labelled[len(prompt)] and not labelled[len(prompt) - 1]
+    assert labelled[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
     assert render_prompt(tokenizer, data_config(), {"messages": turns[:-1]}) == prompt
 
 

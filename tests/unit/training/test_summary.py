@@ -77,3 +77,10 @@ def test_the_next_commands_are_commands(run: Any) -> None:
 
 def test_a_finished_run_without_a_summary(tmp_path: Any) -> None:
     assert summary_lines({"output_dir": "runs/x", "already_finished": True}) == ["runs/x is finished"]
+
+
+def test_one_prompt_twice_has_two_answers(run: Any) -> None:
+    """Two held-out rows may ask the same under other system prompts."""
+    two = {"samples": [*BEFORE["samples"], {**BEFORE["samples"][0], "answer": "Arr"}]}
+    samples = make_summary(run, state(before=two), {"samples": AFTER["samples"] * 2})["samples"]
+    assert [sample["base"] for sample in samples] == ["dunno", "Arr"]
