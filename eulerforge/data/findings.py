@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from eulerforge.data.read import place_text
 from eulerforge.data.rows import Row
 from eulerforge.data.tokenized import RowChunk
 from eulerforge.errors import Problem
@@ -98,14 +99,14 @@ class RowFindings:
         self._found[name] = (count + 1, [*first, (int(origin[0]), int(origin[1]))][:SHOWN])
 
     def to_facts(self) -> dict[str, Any]:
-        """As it stands in the cache: {kind: [count, [[file index, line], ...]]}."""
+        """As it stands in the cache: {kind: [count, [[file index, place], ...]]}."""
         return {name: [count, [list(origin) for origin in first]] for name, (count, first) in self._found.items()}
 
 
 def findings_of(facts: Mapping[str, Any], files: Sequence[str]) -> dict[str, Finding]:
     """What ``to_facts`` gave, with the files' names of today."""
     return {
-        name: Finding(count=count, first=tuple(f"{files[file]}:{line}" for file, line in first))
+        name: Finding(count=count, first=tuple(place_text(files[file], place) for file, place in first))
         for name, (count, first) in facts.items()
     }
 

@@ -20,7 +20,7 @@ import numpy as np
 from eulerforge.data.files import find_files
 from eulerforge.data.findings import special_ids, too_many
 from eulerforge.data.prepared import Datasets
-from eulerforge.data.read import BadRows, SourceRow, read_rows
+from eulerforge.data.read import BadRows, SourceRow, read_rows, rows_before
 from eulerforge.data.render import Renderer, render_prompt
 from eulerforge.data.rows import ChatRow, Message, RowParser
 from eulerforge.data.tokenize import RowTokenizer
@@ -34,6 +34,10 @@ LOOKED_AT = 64
 """Rows of which the tokens are looked at."""
 ASKED = 3
 """Rows whose prompt is rendered again from their line."""
+_READ_AGAIN = 10_000
+_ARRAY_READ_AGAIN = 16 * 2**20
+"""Rows of a file, and bytes of a JSON array, that are read once more to find one row: more would take longer than it
+tells."""
 _QUESTION, _ANSWER = "question of parity", "answer of parity"
 
 
@@ -213,16 +217,17 @@ def _refuse_other_prompt(rows: TokenizedRows, place: int, row: SourceRow, config
 
 
 def _lines_of(rows: TokenizedRows, places: list[int], config: DataConfig) -> Iterator[tuple[int, SourceRow]]:
-    """(place, its line read again); rows of JSON arrays may share a line and are left out."""
+    """(index, its row read again)."""
     if config.format == "processed":
         return
     for place in places:
-        index, line = rows.origin(place)
+        index, origin = rows.origin(place)
         (file,) = find_files([rows.files[index]])
-        if file.path.suffix.lower() == ".json" or line > 10_000:
-            continue  # reading so far again would take longer than it tells
+        array = file.path.suffix.lower() == ".json"
+        if rows_before(origin) >= _READ_AGAIN or (array and file.path.stat().st_size > _ARRAY_READ_AGAIN):
+            continue
         for source in read_rows(file, BadRows()):
-            if source.line >= line:
-                if source.line == line:
+            if source.place >= origin:
+                if source.place == origin:
                     yield place, source
                 break

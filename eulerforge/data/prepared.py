@@ -246,7 +246,7 @@ class _Preparation:
     def _chunk(
         self, rows: Sequence[tuple[int, Row]], rendered: Sequence[Rendered], encoded: Encoded, bad: BadRows
     ) -> RowChunk:
-        origins = np.array([(file, row.line) for file, row in rows], dtype=np.int64)
+        origins = np.array([(file, row.place) for file, row in rows], dtype=np.int64)
         if self._processed:
             return RowChunk.of([_of_ids(row) for _, row in rows if isinstance(row, ProcessedRow)], origins)
         return attrs.evolve(self._row_tokenizer.block(rendered, encoded, bad), origins=origins)

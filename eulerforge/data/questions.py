@@ -20,17 +20,15 @@ def question_of(rows: TokenizedRows, index: int, config: DataConfig, tokenizer: 
     """
     if config.format == "processed":
         return None
-    file_index, line = rows.origin(index)
+    file_index, place = rows.origin(index)
     (file,) = find_files([rows.files[file_index]])
     prompt = tokenizer.decode(rows.prompt(index).tolist(), skip_special_tokens=True)
     parser, bad = RowParser(config.schema), BadRows()
     for source in read_rows(file, bad):
-        if source.line > line:
-            break
-        row = parser.parse(source, bad) if source.line == line else None
-        # a JSON array may have several rows on one line
-        if isinstance(row, ChatRow) and (question := _before_first_answer(row)) and question in prompt:
-            return question
+        if source.place >= place:
+            row = parser.parse(source, bad) if source.place == place else None
+            question = _before_first_answer(row) if isinstance(row, ChatRow) else ""
+            return question if question and question in prompt else None
     return None
 
 

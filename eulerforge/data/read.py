@@ -22,16 +22,37 @@ MEND = "mend that row, or delete it"
 _DECODE = json.JSONDecoder().raw_decode
 _LINE_ENDS = ("\n", "", "\r\n")
 _BOM = b"\xef\xbb\xbf"
+_LINE_BITS = 40
+_LINE = (1 << _LINE_BITS) - 1
 _SHAPE_HINT = 'each line must be one JSON object, such as {"prompt": "...", "response": "..."}'
 
 
 @attrs.define
 class SourceRow:
-    """One JSON object of a file; ``where`` is ``file:line``, and ``file:line[i]`` for element i of a JSON array."""
+    """One JSON object of a file; ``where`` is ``file:line``, and ``file:line[i]`` for element i of a JSON array.
+
+    ``place`` is the same as one number, which grows from row to row (``place_text``).
+    """
 
     data: dict[str, Any]
-    line: int
+    place: int
     where: str
+
+    @property
+    def line(self) -> int:
+        """The line on which the row begins."""
+        return self.place & _LINE
+
+
+def place_text(file: str, place: int) -> str:
+    """``where`` of the row of a file that stands at ``place``."""
+    element = place >> _LINE_BITS
+    return f"{file}:{place & _LINE}" + (f"[{element - 1}]" if element else "")
+
+
+def rows_before(place: int) -> int:
+    """How many rows of its file stand before a place, at most."""
+    return (place >> _LINE_BITS or place & _LINE) - 1
 
 
 class BadRows:
@@ -137,7 +158,7 @@ def _array(file: DataFile, raw: bytes, bad: BadRows) -> Iterator[SourceRow]:
             bad.add(where, f"JSON that cannot be read: {error}")
             return
         if isinstance(value, dict):
-            yield SourceRow(value, line, where)
+            yield SourceRow(value, (index + 1) << _LINE_BITS | line, where)
         else:
             bad.add(where, f"a row must be a JSON object, this is {json_type(value)}")
         index += 1

@@ -47,7 +47,6 @@ class Rendered:
     text: str
     spans: tuple[tuple[int, int], ...]
     where: str
-    line: int
     stray: bool = False
     shape: int = attrs.field(default=0, eq=False)
 
@@ -111,18 +110,18 @@ class Renderer:
         text, spans = shape.fill(messages)
         # without markup there is no special token either, where each of them has some
         stray = not self._special_is_markup and self.holds_special(row.messages)
-        return Rendered(text, spans, row.where, row.line, stray, 0 if stray else number)
+        return Rendered(text, spans, row.where, stray, 0 if stray else number)
 
     def render(self, row: ChatRow | TextRow, bad: BadRows) -> Rendered | None:
         """The row's text and spans, or None when the template cannot render it: then ``bad`` says why."""
         if isinstance(row, TextRow):
             text = self._closed(row.text)
-            return Rendered(text=text, spans=((0, len(text)),), where=row.where, line=row.line, shape=WHOLE)
+            return Rendered(text=text, spans=((0, len(text)),), where=row.where, shape=WHOLE)
         messages = self._with_system(row.messages)
         if not self.uses_template:
             text, spans = self._joined(messages, row.separator)
             shape = ANSWER_LAST if len(spans) == 1 and spans[0][1] == len(text) else 0
-            return Rendered(text=text, spans=spans, where=row.where, line=row.line, shape=shape)
+            return Rendered(text=text, spans=spans, where=row.where, shape=shape)
         try:
             text, spans = self._templated(messages)
         except (TemplateError, TypeError, ValueError, KeyError) as error:
@@ -134,14 +133,14 @@ class Renderer:
         except _NotAPrefixError as error:
             bad.add(row.where, str(error), key="data.template", hint=_NO_TEMPLATE_HINT)
             return None
-        return Rendered(text=text, spans=spans, where=row.where, line=row.line, stray=self.holds_special(row.messages))
+        return Rendered(text=text, spans=spans, where=row.where, stray=self.holds_special(row.messages))
 
     def prompt(self, messages: Sequence[Message], separator: str) -> Rendered:
         """The text from which the next answer is generated, with the spans of the answers that it holds already."""
         turns = self._with_system(messages)
         if not self.uses_template:
             text, spans = self._joined((*turns, Message("assistant", "")), separator, close_last=False)
-            return Rendered(text, spans[:-1], "prompt", 0)
+            return Rendered(text, spans[:-1], "prompt")
         text = self._apply(turns, generate=True)
         given: tuple[tuple[int, int], ...] = ()
         if any(message.role == "assistant" for message in turns):
@@ -150,7 +149,7 @@ class Renderer:
                 given = tuple(span for span in spans if text.startswith(known[: span[1]]))
             except _NotAPrefixError:
                 pass  # such a row is not trained on
-        return Rendered(text, given, "prompt", 0)
+        return Rendered(text, given, "prompt")
 
     def holds_special(self, messages: Sequence[Message]) -> bool:
         """Whether a message holds the text of a special token."""
@@ -254,7 +253,7 @@ def render_prompt(
 def _asked(renderer: Renderer, row: Row) -> Rendered:
     """The text before the last answer of a row; all of a text row."""
     if isinstance(row, TextRow):
-        return Rendered(row.text, (), row.where, row.line)
+        return Rendered(row.text, (), row.where)
     if isinstance(row, ProcessedRow):
         raise DataError(
             "a row of token ids has no text to start from",

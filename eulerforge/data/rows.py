@@ -52,7 +52,7 @@ class ChatRow:
     messages: tuple[Message, ...]
     separator: str
     kind: str
-    line: int
+    place: int
     where: str
 
 
@@ -62,7 +62,7 @@ class TextRow:
 
     text: str
     kind: str = "text"
-    line: int
+    place: int
     where: str
 
 
@@ -73,7 +73,7 @@ class ProcessedRow:
     input_ids: tuple[int, ...]
     labelled: tuple[bool, ...]
     kind: str = "processed"
-    line: int
+    place: int
     where: str
 
 
@@ -137,7 +137,7 @@ class RowParser:
         if kind is None:
             raise self._no_kind(data)
         if kind == "text":
-            return TextRow(text=self._string(data, "text"), line=row.line, where=row.where)
+            return TextRow(text=self._string(data, "text"), place=row.place, where=row.where)
         separator = "\n\n"
         if kind == "messages":
             messages = self._turns(data, "messages", "role", "content", {role: role for role in _ROLES})
@@ -154,7 +154,7 @@ class RowParser:
             given = "" if data.get(self._columns["input"]) is None else self._string(data, "input", may_be_empty=True)
             prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
             messages = (Message("user", prompt), Message("assistant", self._string(data, "output")))
-        return ChatRow(messages=messages, separator=separator, kind=kind, line=row.line, where=row.where)
+        return ChatRow(messages=messages, separator=separator, kind=kind, place=row.place, where=row.where)
 
     def _kind_of(self, names: Collection[str]) -> str | None:
         return next((kind for kind, keys in _KINDS if all(self._columns[key] in names for key in keys)), None)
@@ -235,7 +235,7 @@ class RowParser:
                 )
         kept = self._kept(row.data, len(ids))
         labelled = tuple(label != IGNORED for label in labels[:kept])
-        return ProcessedRow(input_ids=tuple(ids[:kept]), labelled=labelled, line=row.line, where=row.where)
+        return ProcessedRow(input_ids=tuple(ids[:kept]), labelled=labelled, place=row.place, where=row.where)
 
     def _integers(self, data: Mapping[str, Any], key: str) -> list[int]:
         column = self._columns[key]

@@ -1,7 +1,7 @@
 """Tokenized rows in flat arrays: a few big ones instead of a Python object per row.
 
 Shapes: N rows, T tokens in all. tokens (T,) uint32, labelled (T,) uint8, offsets (N + 1,) int64, origins (N, 2) int64.
-Row i is ``tokens[offsets[i]:offsets[i + 1]]``; its origin is (index into ``files``, line).
+Row i is ``tokens[offsets[i]:offsets[i + 1]]``; its origin is (index into ``files``, place in it: ``read.place_text``).
 A subset shares the arrays and keeps only which rows it picked, so that holding rows out of a million copies none.
 """
 
@@ -14,6 +14,8 @@ from functools import cached_property
 import attrs
 import numpy as np
 import numpy.typing as npt
+
+from eulerforge.data.read import place_text
 
 ARRAYS = {"tokens": np.uint32, "labelled": np.uint8, "offsets": np.int64, "origins": np.int64}
 
@@ -62,14 +64,14 @@ class TokenizedRows:
         return ids[: int(np.argmax(labelled))] if labelled.any() else ids
 
     def origin(self, index: int) -> tuple[int, int]:
-        """(index into ``files``, line) of a row."""
-        file, line = self.origins[self._place(index)]
-        return int(file), int(line)
+        """(index into ``files``, place in it) of a row."""
+        file, place = self.origins[self._place(index)]
+        return int(file), int(place)
 
     def source(self, index: int) -> str:
-        """``file:line`` of a row."""
-        file, line = self.origin(index)
-        return f"{self.files[file]}:{line}"
+        """``file:line`` of a row, ``file:line[i]`` in a JSON array."""
+        file, place = self.origin(index)
+        return place_text(self.files[file], place)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:

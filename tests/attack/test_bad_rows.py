@@ -35,7 +35,7 @@ def problems_of(path: Path, *, processed: bool = False) -> tuple[BadRows, list[i
     bad = BadRows()
     parser = RowParser({}, processed=processed, vocabulary=VOCABULARY)
     parsed = [parser.parse(row, bad) for row in read_rows(DataFile(name=path.name, path=path), bad)]
-    return bad, [row.line for row in parsed if row is not None]
+    return bad, [row.place for row in parsed if row is not None]
 
 
 def attacked(folder: Path, bad: rowforge.BadLine, number: int, good: bytes, *, processed: bool = False) -> str:

@@ -203,7 +203,7 @@ def test_an_unknown_word_over_the_border_is_no_place_to_cut(shape: int) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
     bad = BadRows()
-    row = Rendered("q ab<eos>", ((3, 9),), "f:1", 1, shape=shape)
+    row = Rendered("q ab<eos>", ((3, 9),), "f:1", shape=shape)
     rows = RowTokenizer(tokenizer)
     block = rows.block([row], rows.encode([row]), bad)
     assert block.lengths.tolist() == [0]

@@ -40,10 +40,9 @@ def test_every_kind(tmp_path: Path, suffix: str, template: str) -> None:
     path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
     config = DataConfig(path=(str(path),), template=template, max_length=512)
     built = build_dataset(config, tiny.tiny_tokenizer(), cache_dir=tmp_path).train
-    found = [question_of(built, index, config, tiny.tiny_tokenizer()) for index in range(3)]
-    assert found == [question for _, question in ROWS[:3]]
-    if suffix == ".jsonl":
-        assert [question_of(built, index, config, tiny.tiny_tokenizer()) for index in range(3, len(ROWS))] == [None] * 3
+    found = [question_of(built, index, config, tiny.tiny_tokenizer()) for index in range(len(ROWS))]
+    assert found == [question for _, question in ROWS]
+    assert built.source(2) == (f"{path}:1[2]" if suffix == ".json" else f"{path}:3")
 
 
 def test_a_file_that_has_changed_since_gives_nothing_wrong(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def row(*messages: tuple[str, str]) -> ChatRow:
         messages=tuple(Message(role, content) for role, content in messages),
         separator="\n\n",
         kind="messages",
-        line=1,
+        place=1,
         where="rows.jsonl:1",
     )
 
