@@ -191,7 +191,9 @@ class TrainingConfig:
     def check(self) -> Iterable[Problem]:
         if self.max_train_steps is not None and self.num_epochs is not None:
             yield Problem(
-                key="num_epochs", message="max_train_steps and num_epochs exclude each other", hint="keep one of them"
+                key="num_epochs",
+                message="max_train_steps and num_epochs exclude each other",
+                hint="keep one of them: --set training.max_train_steps=null takes out the preset's",
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             yield Problem(key="betas", message="betas are two numbers from 0 to below 1", hint="[0.9, 0.999]")

@@ -8,12 +8,18 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tomli
 
 from eulerforge.config.atomic import fsync_path, put_back_replaced, remove_leftovers
 from eulerforge.errors import CheckpointError, RunError, UsageError
 from eulerforge.training.checkpoint import MANIFEST_FILE, delete_folder, latest_complete, read_state, verify
 from eulerforge.training.final import FOLDER as FINAL
 from eulerforge.training.receipt import FILE_NAME as RECEIPT_FILE
+
+if TYPE_CHECKING:
+    from eulerforge.config.schema import TrainingConfig
 
 CONFIG_FILE = "resolved_config.toml"
 SUMMARY_FILE = "summary.json"
@@ -31,10 +37,10 @@ def is_finished(out: Path) -> bool:
     return (out / FINAL / MANIFEST_FILE).exists()
 
 
-def is_finished_and_whole(out: Path, say: Callable[[str], None], *, wanted: int | None = None) -> bool:
+def is_finished_and_whole(out: Path, say: Callable[[str], None], training: TrainingConfig) -> bool:
     """Whether nothing is left to do; a ``final`` that is damaged is said, and is to be written again.
 
-    A run of fewer steps than are ``wanted`` now goes on from its newest checkpoint, if its other keys let it.
+    A run of fewer steps or epochs than are wanted now goes on from its newest checkpoint, if its other keys let it.
 
     Raises:
         CheckpointError: it has none, and would begin anew over what it has.
@@ -47,15 +53,25 @@ def is_finished_and_whole(out: Path, say: Callable[[str], None], *, wanted: int 
     except CheckpointError as error:
         say(f"{error}; it will be written again")
         return False
-    if final.step >= (wanted or 0):
+    steps = training.max_train_steps
+    if not (_epochs_are_more(out, training) if steps is None else steps > final.step):
         return True
     if latest_complete(out, say=say, run_id=final.run_id) is None:
         raise CheckpointError(
             f"{out} is finished at step {final.step} and has no complete checkpoint to go on from",
-            key="training.max_train_steps",
+            key="training.max_train_steps" if steps is not None else "training.num_epochs",
             hint="--output-dir takes another folder, --overwrite starts anew and deletes what is there",
         )
     return False
+
+
+def _epochs_are_more(out: Path, training: TrainingConfig) -> bool:
+    """Whether the preset counts epochs, and more of them than the run in the folder had."""
+    try:
+        had = tomli.loads((out / CONFIG_FILE).read_text(encoding="utf-8")).get("training", {})
+    except (OSError, ValueError):
+        return False
+    return "max_train_steps" not in had and (training.num_epochs or 1.0) > had.get("num_epochs", 1.0)
 
 
 def went_on_to(out: Path) -> Path | None:

@@ -70,8 +70,7 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
     refuse_many_processes()
     outdir.check_free(out, resume=options.resume, overwrite=options.overwrite)
     with outdir.locked(out):
-        wanted = loaded.run.training.max_train_steps
-        if options.resume and outdir.is_finished_and_whole(out, say, wanted=wanted):
+        if options.resume and outdir.is_finished_and_whole(out, say, loaded.run.training):
             say(f"{out} is finished: nothing is left to train")
             return _finished_summary(out)
         outdir.sweep(out, say)

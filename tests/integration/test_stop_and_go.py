@@ -257,6 +257,21 @@ def test_a_run_without_a_curve_is_made_longer(straight: Path, tmp_path: Path, fi
         assert (whole / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_more_epochs_make_a_finished_run_longer(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epochs = {"training__scheduler": "constant", "training__max_train_steps": None, "training__save_steps": 100}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert main(words(straight, whole, **epochs, training__num_epochs=2)) == 0
+    assert main(words(straight, out, **epochs, training__num_epochs=1)) == 0
+    capsys.readouterr()
+    assert main([*words(straight, out, **epochs, training__num_epochs=1), "--resume"]) == 0
+    assert "nothing is left to train" in capsys.readouterr().err
+    assert main([*words(straight, out, **epochs, training__num_epochs=2), "--resume"]) == 0
+    assert "nothing is left to train" not in capsys.readouterr().err
+    assert (whole / "final/adapter.safetensors").read_bytes() == (out / "final/adapter.safetensors").read_bytes()
+
+
 def test_a_longer_run_that_was_stopped_is_unfinished(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
