@@ -1,8 +1,9 @@
 """LoRALinear: y = base(x) + scaling * dropout(x) A^T B^T.
 
-Notable: where the base is a plain frozen linear module, both terms are one matrix product (``lora/product.py``). For
-that the base weight lies beside B's columns in one tensor of which ``base_layer.weight`` is a view. Nobody sees it:
-``state_dict``, ``unwrap``, a move to another device and a phase that trains the base get the weight as it was.
+Notable: where the base is a frozen linear module, plain or (on the CPU) one of ``models/quantized_linear.py``, both
+terms are one matrix product (``lora/product.py``). For that a plain base weight lies beside B's columns in one tensor,
+of which ``base_layer.weight`` is a view. Nobody sees it: ``state_dict``, ``unwrap``, a move to another device and a
+phase that trains the base get the weight as it was.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
 The rank-stabilised scaling alpha / sqrt(r) is from Kalajdzievski, "A Rank Stabilization Scaling Factor" (2023).
@@ -72,20 +73,23 @@ class LoRALinear(AdaptedLinear):
             low = F.linear(F.dropout(x, dropout) if dropout else x, self.lora_A.to(x.dtype))
             return self.base_layer(x) + F.linear(low, (self.lora_B * self.scaling).to(x.dtype))
         if self._joins(x):
-            return augmented(x, self.lora_A, self.lora_B, self._joined_weight(), self.bias, self.scaling, dropout)
+            weight = self._joined_weight() if x.dtype == self.weight.dtype else self.base_layer.dequantize_into
+            return augmented(x, self.lora_A, self.lora_B, weight, self.bias, self.scaling, dropout)
         self.release()
         base: torch.Tensor = self.base_layer(x)
         return base + low_rank(x, self.lora_A, self.lora_B, self.scaling, dropout)
 
     def _joins(self, x: torch.Tensor) -> bool:
-        """Whether the base is a plain frozen product in x's precision, which one product with the path can compute."""
+        """Whether the base is a frozen product in x's precision, which one product with the path can compute."""
         base = self.base_layer
-        plain = type(base).forward is nn.Linear.forward and "forward" not in vars(base)
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         weight, bias = self.weight, self.bias
+        plain = type(base).forward is nn.Linear.forward and x.dtype == weight.dtype and x.device.type != "meta"
+        # on a card one more pass over the weight would cost more than the second product, which nobody has measured
+        quantized = hasattr(base, "dequantize_into") and x.dtype == base.compute_dtype and x.device.type == "cpu"
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         amp = torch.is_autocast_enabled(x.device.type)
-        return plain and not (hooked or trained or amp) and x.dtype == weight.dtype and x.device.type != "meta"
+        return (plain or quantized) and "forward" not in vars(base) and not (hooked or trained or amp)
 
     def _joined_weight(self) -> torch.Tensor:
         """(out_features, in_features + r): the base weight, which lies here and nowhere else, and room for B."""

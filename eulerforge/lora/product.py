@@ -3,6 +3,7 @@
 ``low_rank`` is the low-rank path alone. ``augmented`` is base and path in **one** product with one rounding:
 y = [x | d(x) A^T] @ [W | s B]^T, and backward [gx | gl] = g @ [W | s B]. In bf16 that is more than speed: the sum
 base(x) + path(x) adds to a number that is rounded already, and an update below half a unit in its last place is lost.
+A quantized base on the CPU is the same product: W is dequantized into a room, forward and again backward.
 Kept from forward to backward: x (which the layers beside it keep too), the path's r columns, and the dropout mask, as
 bits on the CPU and as the number that it is a function of elsewhere.
 Suffixes of tensor names: N rows, I in_features, O out_features, R rank, _NIR: I and R side by side in one row.
@@ -10,6 +11,7 @@ Suffixes of tensor names: N rows, I in_features, O out_features, R rank, _NIR: I
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,10 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from eulerforge.lora.dropout import draw_seed, fold, keep_mask, keep_share, masked, unfold
-from eulerforge.lora.room import room
+from eulerforge.models.room import room
+
+Fill = Callable[[torch.Tensor], None]
+"""Writes a base weight into the tensor (O, I) that it gets."""
 
 
 def low_rank(x: torch.Tensor, A_RI: torch.Tensor, B_OR: torch.Tensor, scaling: float, dropout: float) -> torch.Tensor:
@@ -30,7 +35,7 @@ def augmented(
     x: torch.Tensor,
     A_RI: torch.Tensor,
     B_OR: torch.Tensor,
-    weight_OIR: torch.Tensor,
+    weight: torch.Tensor | Fill,
     bias_O: torch.Tensor | None,
     scaling: float,
     dropout: float,
@@ -38,10 +43,11 @@ def augmented(
     """``x W^T + bias + scaling * dropout(x) A^T B^T`` in one product.
 
     Args:
-        weight_OIR: W in its first I columns, in x's precision and frozen; the last R columns are overwritten with s B.
+        weight: frozen, in x's precision: a tensor (O, I + R) with W in its first I columns, of which the last R are
+            overwritten with s B; or what writes W into a tensor.
     """
     seed = draw_seed() if dropout else 0
-    y: torch.Tensor = _Product.apply(x, A_RI, B_OR, weight_OIR, bias_O, scaling, dropout, seed)
+    y: torch.Tensor = _Product.apply(x, A_RI, B_OR, weight, bias_O, scaling, dropout, seed)
     return y
 
 
@@ -52,7 +58,7 @@ class _Product(torch.autograd.Function):
         x: torch.Tensor,
         A_RI: torch.Tensor,
         B_OR: torch.Tensor,
-        weight_OIR: torch.Tensor | None,
+        weight: torch.Tensor | Fill | None,
         bias_O: torch.Tensor | None,
         scaling: float,
         dropout: float,
@@ -60,7 +66,7 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         inputs = A_RI.shape[1]
         x_NI = x.reshape(-1, inputs)
-        ctx.scaling, ctx.dropout, ctx.seed, ctx.weight_OIR, ctx.bits = scaling, dropout, seed, weight_OIR, None
+        ctx.scaling, ctx.dropout, ctx.seed, ctx.weight, ctx.bits = scaling, dropout, seed, weight, None
         dropped_NI = x_NI
         if dropout:
             mask_NI = keep_mask(x_NI.shape, dropout, seed, x.device)
@@ -68,9 +74,10 @@ class _Product(torch.autograd.Function):
             ctx.bits = fold(mask_NI)
         low_NR = dropped_NI @ _compensated(A_RI, dropout, x.dtype).T
         ctx.save_for_backward(x, A_RI, B_OR, low_NR)
-        if weight_OIR is None:
+        if weight is None:
             y_NO = low_NR @ (B_OR * scaling).to(x.dtype).T
         else:
+            weight_OIR = weight if isinstance(weight, torch.Tensor) else _filled(weight, A_RI, B_OR, x)
             torch.mul(B_OR, scaling, out=weight_OIR[:, inputs:])
             # a copy of x costs a hundredth of the product
             joined_NIR = room("joined", (len(x_NI), weight_OIR.shape[1]), x_NI)
@@ -88,15 +95,16 @@ class _Product(torch.autograd.Function):
         if not (wants_x or wants_A):
             return None, None, grad_B_OR, None, None, None, None, None
 
-        base_NI = None
-        if ctx.weight_OIR is None:
+        base_NI, weight = None, ctx.weight
+        if weight is None or not wants_x:
             grad_low_NR = grad_NO @ (B_OR * ctx.scaling).to(x.dtype)
-        elif wants_x:
-            grad_NIR = room("joined", (len(x_NI), ctx.weight_OIR.shape[1]), x_NI)
-            torch.mm(grad_NO, ctx.weight_OIR, out=grad_NIR)
-            base_NI, grad_low_NR = grad_NIR[:, :inputs], grad_NIR[:, inputs:]
         else:
-            grad_low_NR = grad_NO @ ctx.weight_OIR[:, inputs:]
+            if not isinstance(weight, torch.Tensor):
+                weight = _filled(weight, A_RI, B_OR, x)
+                torch.mul(B_OR, ctx.scaling, out=weight[:, inputs:])
+            grad_NIR = room("joined", (len(x_NI), weight.shape[1]), x_NI)
+            torch.mm(grad_NO, weight, out=grad_NIR)
+            base_NI, grad_low_NR = grad_NIR[:, :inputs], grad_NIR[:, inputs:]
 
         mask_NI = None
         if ctx.bits is not None:
@@ -118,6 +126,13 @@ class _Product(torch.autograd.Function):
                 torch.add(path_NI, base_NI, out=grad_x_NI)
             grad_x = grad_x_NI.view(x.shape)
         return grad_x, grad_A_RI, grad_B_OR, None, None, None, None, None
+
+
+def _filled(fill: Fill, A_RI: torch.Tensor, B_OR: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[W | .] in a room, in ``like``'s precision."""
+    weight_OIR = room("weight", (len(B_OR), A_RI.shape[1] + len(A_RI)), like)
+    fill(weight_OIR[:, : A_RI.shape[1]])
+    return weight_OIR
 
 
 def _compensated(A_RI: torch.Tensor, dropout: float, dtype: torch.dtype) -> torch.Tensor:

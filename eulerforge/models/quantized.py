@@ -205,18 +205,22 @@ def import_bitsandbytes() -> Any:
 @torch.no_grad()
 def replace_layers(model: nn.Module, plan: QuantizationPlan, device: torch.device) -> None:
     """Quantize the plan's layers in place, each onto ``device``; the plain weight is freed before the next."""
-    bnb = import_bitsandbytes()
+    import_bitsandbytes()
     for path in plan.layers:
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)  # noqa: S101 - the plan was made from the same config
-        made = _int8(linear, plan, device) if plan.precision.mode == "int8" else _int4(bnb, linear, plan, device)
+        made = _int8(linear, plan, device) if plan.precision.mode == "int8" else _int4(linear, plan, device)
         model.set_submodule(path, made)
 
 
-def _int4(bnb: Any, linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn.Module:
+def _int4(linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn.Module:
+    from bitsandbytes.nn import Params4bit
+
+    from eulerforge.models.quantized_linear import Int4Linear
+
     settings = {"compress_statistics": plan.precision.double_quant, "quant_type": plan.precision.quant_type}
     with torch.device("meta"):
-        made = bnb.nn.Linear4bit(
+        made = Int4Linear(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -224,16 +228,16 @@ def _int4(bnb: Any, linear: nn.Linear, plan: QuantizationPlan, device: torch.dev
             **settings,
         )
     weight = linear.weight.detach()
-    made.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=made, **settings).to(device)
+    made.weight = Params4bit(weight, requires_grad=False, module=made, **settings).to(device)
     made.bias = linear.bias
     # with this flag one forward in eval mode repacks the weight in place for AVX512-BF16; gradients, state dict and
     # dequantized weight are wrong from then on, and nothing says so
     made.support_avx512bf16_for_cpu = False
-    return made.train(linear.training)  # type: ignore[no-any-return]
+    return made.train(linear.training)
 
 
 def _int8(linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn.Module:
-    from eulerforge.models.int8_linear import Int8Linear
+    from eulerforge.models.quantized_linear import Int8Linear
 
     return Int8Linear.of(linear, device=device, compute_dtype=plan.dtype)
 
@@ -255,7 +259,7 @@ class Int8Ops:
     """bitsandbytes' ``Linear8bitLt``."""
 
     def dequantize(self, module: Any) -> torch.Tensor:
-        from eulerforge.models.int8_linear import dequantized
+        from eulerforge.models.quantized_linear import dequantized
 
         return dequantized(module)
 

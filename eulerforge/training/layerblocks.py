@@ -26,7 +26,7 @@ class LayerBlocks:
     """What a layer makes and frees, and what happens before it, after it, and in the gradient above it.
 
     ``laid_out`` are the bytes of weights that the first pass copied to another place, ``grown`` by how much they grew;
-    ``rooms`` are those of ``lora/room.py``, which all layers share.
+    ``rooms`` are those of ``models/room.py``, which all layers share.
     """
 
     before: tuple[Step, ...]

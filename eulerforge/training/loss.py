@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from eulerforge.data.packing import CPU_STEP
-from eulerforge.lora.room import room
+from eulerforge.models.room import room
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Logits of a chunk, in the head's precision. A GPU needs more rows at once before its product is fast."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from eulerforge.lora.room import room
+from eulerforge.models.room import room
 
 ONE_ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """How far an element may be from the module's own, as a share of it."""

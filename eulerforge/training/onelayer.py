@@ -18,7 +18,7 @@ from torch import nn
 from eulerforge.data.batches import Batch
 from eulerforge.data.packing import Segments
 from eulerforge.lora.adapted import AdaptedModule
-from eulerforge.lora.room import fresh_rooms
+from eulerforge.models.room import fresh_rooms
 from eulerforge.training.blocks import BlockRecord, Size
 from eulerforge.training.document_products import BLOCK, none_kept
 from eulerforge.training.forward import hidden_states

@@ -41,14 +41,16 @@ def slow(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, dropout: float, seed
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
-def test_both_products_equal_the_plain_lines(dropout: float, dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("filled", [False, True])
+def test_both_products_equal_the_plain_lines(dropout: float, dtype: torch.dtype, bias: bool, filled: bool) -> None:
     x, A, B, W, b = tensors(dtype)
+    weight = (lambda out: out.copy_(W)) if filled else joined(W)
     torch.manual_seed(4)
     seed = draw_seed()
     g = torch.randn(3, 5, OUT, dtype=dtype)
     for fast in (True, False):
         torch.manual_seed(4)
-        got = augmented(x, A, B, joined(W), b if bias else None, SCALE, dropout) if fast else F.linear(x, W)
+        got = augmented(x, A, B, weight, b if bias else None, SCALE, dropout) if fast else F.linear(x, W)
         got = got if fast else got + low_rank(x, A, B, SCALE, dropout)
         want = F.linear(x, W, b if bias and fast else None) + slow(x, A, B, dropout, seed)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -59,13 +61,15 @@ def test_both_products_equal_the_plain_lines(dropout: float, dtype: torch.dtype,
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (0, 1), (0, 2)])
-def test_gradcheck_whatever_is_frozen(dropout: float, frozen: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("filled", [False, True])
+def test_gradcheck_whatever_is_frozen(dropout: float, frozen: tuple[int, ...], filled: bool) -> None:
     x, A, B, W, b = tensors(rows=(4,))
+    weight = (lambda out: out.copy_(W)) if filled else joined(W)
     inputs = [t.requires_grad_(at not in frozen) for at, t in enumerate((x, A, B))]
 
     def fast(*three: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(4)
-        return augmented(*three, joined(W), b, SCALE, dropout)  # type: ignore[misc]
+        return augmented(*three, weight, b, SCALE, dropout)  # type: ignore[misc]
 
     def path(*three: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(4)

@@ -17,10 +17,12 @@ from eulerforge.config.schema import LoadPrecision, ModelConfig, RunConfig
 from eulerforge.errors import ModelError
 from eulerforge.lora.linear import LoRALinear
 from eulerforge.lora.merge import merge_in_place
+from eulerforge.lora.product import low_rank
 from eulerforge.lora.wrap import wrap_linear
 from eulerforge.models.linear_ops import linear_ops_from
 from eulerforge.models.load import load_model
 from eulerforge.models.quantized import (
+    QuantizationPlan,
     parameter_count,
     plan_of,
     quantized_ops,
@@ -57,6 +59,15 @@ def quantized(precision: LoadPrecision, family: str = "llama", device: torch.dev
 
 def _dtype(precision: LoadPrecision) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision.compute_dtype]
+
+
+def quantized_layer(linear: nn.Linear, precision: LoadPrecision) -> Any:
+    """One layer by itself, as a run quantizes it."""
+    model = nn.Sequential(linear)
+    sizes = dict.fromkeys(("layer_bytes", "quantized_bytes", "expert_bytes", "other_bytes"), 0)
+    plan = QuantizationPlan(precision=precision, dtype=_dtype(precision), layers=("0",), unfit={}, experts=(), **sizes)
+    replace_layers(model, plan, CPU)
+    return model[0]
 
 
 def dequantized_twin(model: nn.Module) -> nn.Module:
@@ -113,6 +124,41 @@ def test_after_an_eval_forward_gradients_are_those_of_the_dequantized_model(
     for name, grad in expected.items():
         assert grad.abs().max() > 0, name
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@QUANTIZED
+@pytest.mark.parametrize("columns", [128, 96])  # 96: a block of 64 reaches over the end of a row
+def test_a_weight_is_dequantized_in_parts_as_at_once(
+    precision: LoadPrecision, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eulerforge.models import quantized_linear
+
+    torch.manual_seed(0)
+    layer = quantized_layer(nn.Linear(columns, 50, bias=False), precision)
+    monkeypatch.setattr(quantized_linear, "PART", 7 * columns)
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = torch.full((50, columns + 3), 9.0, dtype=dtype)
+        layer.dequantize_into(wide[:, :columns])
+        torch.testing.assert_close(wide[:, :columns], layer.dequantized(dtype), rtol=0, atol=0)
+        assert (wide[:, columns:] == 9).all()
+        assert (layer.dequantized(dtype).float() - OPS(layer).dequantize(layer)).abs().max() <= 2**-8
+
+
+@pytest.mark.parametrize("mode", ["int4", "int8"])
+def test_one_rounding_keeps_the_small_updates_of_a_quantized_base_too(mode: str) -> None:
+    """As of a plain base (``test_product.py``): base and path of a bf16 layer are one product on the CPU."""
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 512, bias=False, dtype=torch.bfloat16)
+    base = quantized_layer(plain, LoadPrecision(mode=mode, compute_dtype="bf16"))
+    layer = LoRALinear(base, r=4, alpha=8)
+    nn.init.normal_(layer.lora_B, std=0.004)
+    x = torch.randn(4000, 64).bfloat16()
+    with torch.no_grad():
+        weight = base.dequantized(torch.bfloat16).float()
+        exact = F.linear(x.float(), weight + layer.delta())
+        one = layer(x).float() - exact
+        two = (base(x) + low_rank(x, layer.lora_A, layer.lora_B, layer.scaling, 0.0)).float() - exact
+    assert float(one.square().mean()) < 0.7 * float(two.square().mean())
 
 
 @QUANTIZED

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eulerforge.lora import room as room_house
+from eulerforge.models import room as room_house
 from eulerforge.training import loss as loss_room
 from eulerforge.training.loss import is_plain, summed_cross_entropy
 

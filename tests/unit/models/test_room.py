@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from eulerforge.lora import room as house
-from eulerforge.lora.room import room
+from eulerforge.models import room as house
+from eulerforge.models.room import room
 
 FP32, BF16 = torch.empty(0), torch.empty(0, dtype=torch.bfloat16)
 
