@@ -41,7 +41,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral, 4 small layers": ("mixtral-tiny", {}),
 }
 S, S8, L, Q, M = MODELS
-# model, tokens of a micro-batch, precision, dropout, gradient checkpointing, packing, rows of 512 tokens or mixed ones
+# model, tokens of a micro-batch, precision (and that of a quantized base's products), dropout, checkpointing, packing,
+# rows of 512 tokens or mixed ones
 CELLS = [
     (S, 1024, "bf16", 0.05, "off", "flat", "full"),
     (S8, 4096, "bf16", 0.05, "off", "flat", "mixed"),
@@ -64,6 +65,8 @@ CELLS = [
     (S, 1024, "int4", 0.05, "off", "flat", "full"),
     (Q, 4096, "int8", 0.0, "all", "bins", "mixed"),
     (Q, 4096, "int4", 0.0, "all", "bins", "mixed"),
+    (S, 1024, "int8/fp32", 0.05, "off", "flat", "full"),
+    (S, 1024, "int4/fp32", 0.05, "off", "flat", "full"),
 ]
 ESTIMATE = """
 import json, sys
@@ -122,7 +125,8 @@ def words(cell: tuple[Any, ...], folder: Path) -> list[str]:
         "model_name": str(base),
         "device": "cpu",
         "output_dir": str(folder / "run"),
-        "model.load_precision.mode": precision,
+        "model.load_precision.mode": precision.partition("/")[0],
+        "model.load_precision.compute_dtype": precision.partition("/")[2] or "auto",
         "injection.lora_r": 16,
         "injection.lora_alpha": 32,
         "injection.lora_dropout": dropout,

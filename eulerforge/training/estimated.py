@@ -17,7 +17,7 @@ from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.errors import EulerForgeError, first_line
 from eulerforge.models.device import base_dtype
 from eulerforge.models.meta import meta_model, stored_dtype
-from eulerforge.models.quantized import plan_of
+from eulerforge.models.quantized import QUANTIZED_MODES, import_bitsandbytes, plan_of
 from eulerforge.models.sizes import gib
 from eulerforge.training.coverage import inject_and_plan
 from eulerforge.training.estimate import Estimate
@@ -153,6 +153,8 @@ def from_config(
 
     ``room`` is what there was before anything of it was loaded; None is what there is now.
     """
+    if config.model.load_precision.mode in QUANTIZED_MODES:
+        import_bitsandbytes()  # now, so that its own 45 MiB are counted with what the process holds
     try:
         model = meta_model(config, base_dtype(config.model.load_precision, device))
         injected, _, phases = inject_and_plan(config, registry, model)
