@@ -55,8 +55,11 @@ def main() -> None:
     args = arguments()
     args.rows = args.rows.with_name("rows_unordered.jsonl")  # we shuffle ourselves; the rivals got our order
     from eulerforge.cli.main import main as eulerforge
+    from eulerforge.lora.linear import LoRALinear
     from eulerforge.training.metrics import MetricsLog
 
+    if args.two_products:
+        LoRALinear._joins = lambda layer, x: False  # type: ignore[method-assign]
     clock = StepClock(args.out, products=PRECISIONS[args.dtype] if args.products else None)
     write = MetricsLog.write
 

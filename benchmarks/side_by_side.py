@@ -29,13 +29,16 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "eulerforge-c
 OURS = "eulerforge"
 RIVALS: dict[str, tuple[str, list[str]]] = {
     OURS: ("ours_run.py", []),
+    "eulerforge with two roundings": ("ours_run.py", ["--two-products"]),
     "TRL as shipped": ("peers/trl_sft.py", ["--checkpointing"]),
     "TRL without checkpointing": ("peers/trl_sft.py", []),
     "TRL with packing": ("peers/trl_sft.py", ["--packing"]),
     "PEFT loop": ("peers/peft_loop.py", []),
     "PEFT loop, sorted, dropout 0": ("peers/peft_loop.py", ["--sorted", "--dropout", "0"]),
 }
-"""TRL 1.16 computes its loss in chunks by default, so its best setting is the default one with packing."""
+"""TRL 1.16 computes its loss in chunks by default, so its best setting is the default one with packing.
+With base and low-rank output rounded apart, as PEFT does, our losses say whether all else is the same.
+"""
 
 
 def main() -> None:
@@ -117,7 +120,7 @@ def run(rival: str, args: argparse.Namespace, model: Path, folder: Path) -> dict
     """One process; its steps, its peak memory, its whole CPU time."""
     script, flags = RIVALS[rival]
     out = folder / "out.jsonl"
-    python = sys.executable if rival == OURS else args.peer_python
+    python = sys.executable if script == "ours_run.py" else args.peer_python
     command = [
         python,
         str(HERE / script),
