@@ -247,10 +247,10 @@ def render_prompt(
     row = parser.parse(SourceRow(parser.with_blank_answer(given), 0, "prompt"), bad)
     if row is None:
         raise bad.error()
-    return RowTokenizer(tokenizer).prompt(_asked(Renderer(config, tokenizer), row))
+    return RowTokenizer(tokenizer).prompt(asked_of(Renderer(config, tokenizer), row))
 
 
-def _asked(renderer: Renderer, row: Row) -> Rendered:
+def asked_of(renderer: Renderer, row: Row) -> Rendered:
     """The text before the last answer of a row; all of a text row."""
     if isinstance(row, TextRow):
         return Rendered(row.text, (), row.where)

@@ -26,7 +26,7 @@ from eulerforge.cli.main import main
 from eulerforge.config.document import read_document
 from eulerforge.config.schema import DataConfig, LoadPrecision, ModelConfig, RunConfig
 from eulerforge.data.packing import Segments
-from eulerforge.data.render import Renderer, prompt_text, render_prompt
+from eulerforge.data.render import Renderer, asked_of, render_prompt
 from eulerforge.data.rows import ProcessedRow
 from eulerforge.errors import (
     CheckpointError,
@@ -156,9 +156,9 @@ def test_a_prompt_that_is_no_row() -> None:
     tokenizer, config = tiny.tiny_tokenizer(), DataConfig()
     with refused(DataError, "prompt: must be a string, not a number", "mend that row"):
         render_prompt(tokenizer, config, {"prompt": 7})
-    row = ProcessedRow(where="rows.jsonl:3", line=3, input_ids=(1, 2), labelled=(True, True))
+    row = ProcessedRow(where="rows.jsonl:3", place=3, input_ids=(1, 2), labelled=(True, True))
     with refused(DataError, "rows.jsonl:3: a row of token ids has no text", "give rows of text"):
-        prompt_text(Renderer(config, tokenizer), row)
+        asked_of(Renderer(config, tokenizer), row)
 
 
 # models
