@@ -22,7 +22,7 @@ CLASSES = (
     "eulerforge.plugins.isolation:PluginFailure",
     "eulerforge.data.rows:_Bad",
     "eulerforge.data.render:_NotAPrefixError",
-    "eulerforge.config.structure:_WrongType",
+    "eulerforge.config.leaves:WrongTypeError",
 )
 DEPTH = 8
 """Frames between the making of an error and the ``raise`` of the function that asked for it."""
