@@ -76,7 +76,11 @@ class InjectionConfig:
         choices=("role", "exact"),
         help="role: the backbone adapter translates keywords; exact: names as they are",
     )
-    allow_partial: bool = setting(False, help="Go on although a keyword reaches only some of the chosen layers")
+    allow_partial: bool = setting(
+        False,
+        help="Make warnings of what the injection refuses: a keyword that reaches nothing"
+        " or only some of the chosen layers, a backbone that does not fit, modules of the vision tower",
+    )
 
     def check(self) -> Iterable[Problem]:
         if self.layer_indices and (self.start_layer or self.num_layers):

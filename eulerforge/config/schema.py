@@ -152,8 +152,14 @@ class TrainingConfig:
     warmup_steps: int = setting(0, ge=0, help="Steps of linear warm-up")
     max_train_steps: int | None = setting(None, ge=1, help="Optimizer steps to train")
     num_epochs: float | None = setting(None, gt=0, help="Passes over the rows to train, instead of max_train_steps")
-    batch_size: int = setting(4, ge=1, help="Rows of a micro-batch")
-    grad_accum_steps: int = setting(1, ge=1, help="Micro-batches of an optimizer step")
+    batch_size: int = setting(
+        4,
+        ge=1,
+        help="Times grad_accum_steps: rows of an optimizer step. Rows (packing off) or lines (bins) of a micro-batch",
+    )
+    grad_accum_steps: int = setting(
+        1, ge=1, help="Multiplies the rows of an optimizer step, and with packing off its micro-batches"
+    )
     tokens_per_micro_batch: int | None = setting(
         None,
         ge=1,
@@ -167,7 +173,8 @@ class TrainingConfig:
     optimizer: str = setting(
         "adamw",
         choices=("adamw", "adamw_8bit", "paged_adamw_8bit"),
-        help="adamw keeps its state in fp32; the others, of bitsandbytes, in 8 bits, paged out of a full GPU",
+        help="adamw keeps its state in fp32; the others, of bitsandbytes, in 8 bits; paged_adamw_8bit moves it out of a"
+        " full GPU, and needs CUDA",
     )
     gradient_checkpointing: str = setting(
         "off",
@@ -212,7 +219,10 @@ class CheckpointConfig:
     include_base: bool = setting(True, help="Write the base weights beside the adapters in final/")
     keep_last: int | None = setting(None, ge=1, help="Keep this many checkpoints; default: all")
     keep_best: int | None = setting(
-        None, ge=1, help="Keep the checkpoints of the lowest held-out loss too, and of the others keep_last (default 1)"
+        None,
+        ge=1,
+        help="Keep the checkpoints of the lowest held-out loss too, and of the others keep_last (default 1);"
+        " save_steps must be a multiple of val_steps, so that each checkpoint has a loss",
     )
 
 
@@ -223,7 +233,12 @@ class EvaluationConfig:
     samples: int = setting(0, ge=0, help="Held-out prompts that the base and the tuned model answer")
     prompts: tuple[str, ...] = setting((), help="Prompts of your own that both models answer")
     max_new_tokens: int = setting(64, ge=1, help="Length of an answer at most")
-    batch_size: int | None = setting(None, ge=1, help="Rows of an evaluation batch; default: training.batch_size")
+    batch_size: int | None = setting(
+        None,
+        ge=1,
+        help="Rows of an evaluation batch; default: training.batch_size; held-out"
+        " rows that are packed go by tokens_per_micro_batch, where that is set",
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -246,8 +261,28 @@ class RunConfig:
     def check(self) -> Iterable[Problem]:
         if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", self.device):
             yield Problem(key="device", message=f"{self.device!r} is no device", hint="use auto, cpu, cuda or cuda:0")
+        if self.checkpoint.keep_best:
+            yield from _unmeasured(self.data.validation, self.training)
 
     @property
     def eval_batch_size(self) -> int:
         """Rows of an evaluation batch."""
         return self.evaluation.batch_size or self.training.batch_size
+
+
+def _unmeasured(held_out: ValidationConfig, training: TrainingConfig) -> Iterable[Problem]:
+    """Why not every checkpoint would have the held-out loss that ``keep_best`` goes by."""
+    save, val = training.save_steps, training.val_steps
+    if not (held_out.size or held_out.fraction or held_out.path):
+        yield Problem(
+            key="checkpoint.keep_best",
+            message="no checkpoint would have a held-out loss: data.validation holds no rows out",
+            hint="--set data.validation.size=50, or keep_last instead",
+        )
+    elif not (save and val and save % val == 0):
+        yield Problem(
+            key="checkpoint.keep_best",
+            message="not every checkpoint would have a held-out loss:"
+            f" training.save_steps ({save}) is no multiple of training.val_steps ({val})",
+            hint="give both the same number, or keep_last instead",
+        )

@@ -112,6 +112,8 @@ def valid_value(key: str, attribute: Any, rows: str) -> Any:
         "training.betas": [0.9, 0.99],
         "training.max_train_steps": 10,
         "training.warmup_steps": 2,
+        "training.save_steps": 10,
+        "training.val_steps": 5,
         "injection.attn_lora.enabled": True,
         "injection.attn_lora.lora_r": 4,
     }

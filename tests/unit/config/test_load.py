@@ -158,6 +158,26 @@ def test_nothing_is_converted_that_was_not_meant(load: Any, override: str, key: 
     assert found[0].source == "--set"
 
 
+@pytest.mark.parametrize(
+    ("sets", "part"),
+    [
+        (["training.save_steps=10", "training.val_steps=10"], "data.validation holds no rows out"),
+        (["data.validation.size=5"], "training.save_steps (0) is no multiple of training.val_steps (0)"),
+        (["data.validation.size=5", "training.save_steps=10"], "(10) is no multiple of training.val_steps (0)"),
+        (["data.validation.size=5", "training.save_steps=10", "training.val_steps=4"], "is no multiple"),
+        (["data.validation.size=5", "training.save_steps=10", "training.val_steps=5"], None),
+    ],
+)
+def test_the_best_checkpoints_need_a_loss_each(load: Any, sets: list[str], part: str | None) -> None:
+    words = ["training.save_steps=0", "training.val_steps=0", *sets, "checkpoint.keep_best=2"]
+    if part is None:
+        assert load(TOML, *words).run.checkpoint.keep_best == 2
+        return
+    (problem,) = problems(load, TOML, *words)
+    assert problem.key == "checkpoint.keep_best"
+    assert part in problem.message
+
+
 def test_the_tutorials_overrides_are_numbers(load: Any) -> None:
     run = load(TOML, "training.lr=2e-5", "injection.lora_r=32", "training.max_train_steps=10000").run
     assert (run.training.lr, run.injection.lora_r, run.training.max_train_steps) == (2e-5, 32, 10000)

@@ -119,7 +119,7 @@ FREE: dict[str, dict[str, Any]] = {
     "gradient_checkpointing": {"training__gradient_checkpointing": True},
     "threads": {"training__threads": 1},
     "max_skipped_steps": {"training__max_skipped_steps": 3},
-    "keep_last": {"checkpoint__keep_last": 1, "checkpoint__keep_best": 1, "checkpoint__include_base": False},
+    "keep_last": {"checkpoint__keep_last": 1, "checkpoint__include_base": False},
     "evaluation": {"evaluation__max_new_tokens": 5, "evaluation__batch_size": 1},
     "backbone": {"backbone": "auto"},
 }
