@@ -78,6 +78,8 @@ def main() -> None:
     from transformers import AutoConfig
 
     args = side_by_side.arguments()
+    if args.device != "cpu":
+        sys.exit("the floor is measured in CPU seconds; on a GPU count the utilisation: side_by_side.py --device cuda")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = side_by_side.base_model(args, folder)

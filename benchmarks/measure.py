@@ -26,6 +26,7 @@ class StepClock:
         self.path = path
         self.products = products
         self.peak_rss = 0
+        self.peak_cuda: int | None = None
         path.write_text("", encoding="utf-8")
         self.mark()
 
@@ -38,14 +39,14 @@ class StepClock:
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         # kept per step, so that what is measured after the training does not count
         self.peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak_cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         row = {"step": number, "loss": loss, "tokens": tokens, "wall": wall, "cpu": cpu}
         before = self._rate if self.products is not None else None
         self.mark()
         self._write(row if before is None else {**row, "product_rate": (before + self._rate) / 2})
 
     def done(self, **facts: Any) -> None:
-        cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        self._write({"done": True, "peak_rss": self.peak_rss, "peak_cuda": cuda, **facts})
+        self._write({"done": True, "peak_rss": self.peak_rss, "peak_cuda": self.peak_cuda, **facts})
 
     def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

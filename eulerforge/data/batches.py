@@ -30,6 +30,8 @@ class Batch:
 
     ``tokens`` counts real tokens, ``label_tokens`` those that the loss divides by.
     Packed rows have no attention mask; ``position_ids`` begins at 0 in each document, ``segments`` says where they lie.
+    ``label_at`` (N,) are the flattened positions from which a label is predicted and ``next_labels`` (N,) those labels,
+    known from the start, because a GPU would have to be waited for to find them; None: they are looked for.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +41,8 @@ class Batch:
     label_tokens: int
     position_ids: torch.Tensor | None = None
     segments: Segments | None = None
+    label_at: torch.Tensor | None = None
+    next_labels: torch.Tensor | None = None
 
 
 class BatchPlan:
@@ -103,10 +107,22 @@ def collate(rows: TokenizedRows, indices: Sequence[int], pad_id: int, device: to
         attention_mask[line, : len(ids)] = 1
         labels[line, : len(ids)] = np.where(labelled != 0, ids.astype(np.int64), IGNORED)
     labels[:, 0] = IGNORED
+    label_at, next_label = next_labels(labels, device)
     return Batch(
         input_ids=torch.from_numpy(input_ids).to(device),
         attention_mask=torch.from_numpy(attention_mask).to(device),
         labels=torch.from_numpy(labels).to(device),
         tokens=int(attention_mask.sum()),
         label_tokens=int((labels != IGNORED).sum()),
+        label_at=label_at,
+        next_labels=next_label,
     )
+
+
+def next_labels(labels: npt.NDArray[np.int64], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``label_at`` and ``next_labels`` of a Batch whose labels are these, (B, T)."""
+    import torch
+
+    line, place = np.nonzero(labels[:, 1:] != IGNORED)
+    at = torch.from_numpy(line * labels.shape[1] + place)
+    return at.to(device), torch.from_numpy(labels[line, place + 1]).to(device)

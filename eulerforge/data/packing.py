@@ -18,7 +18,7 @@ import attrs
 import numpy as np
 import torch
 
-from eulerforge.data.batches import Batch, collate
+from eulerforge.data.batches import Batch, collate, next_labels
 from eulerforge.data.rows import IGNORED
 from eulerforge.data.tokenized import TokenizedRows
 
@@ -225,6 +225,10 @@ def pack(rows: TokenizedRows, lines: Lines, pad_id: int, device: torch.device | 
         if place < width:
             position_ids[at, place:] = np.arange(width - place)
             lengths.append(width - place)
+    segments = Segments(lengths=tuple(lengths), shape=shape, device=torch.device(device))
+    if segments.device.type != "cpu":
+        segments.cu_seqlens  # noqa: B018 - now; in the first layer it would wait for what the device does
+    label_at, next_label = next_labels(labels, device)
     return Batch(
         input_ids=torch.from_numpy(input_ids).to(device),
         attention_mask=None,
@@ -232,5 +236,7 @@ def pack(rows: TokenizedRows, lines: Lines, pad_id: int, device: torch.device | 
         tokens=tokens,
         label_tokens=int((labels != IGNORED).sum()),
         position_ids=torch.from_numpy(position_ids).to(device),
-        segments=Segments(lengths=tuple(lengths), shape=shape, device=torch.device(device)),
+        segments=segments,
+        label_at=label_at,
+        next_labels=next_label,
     )

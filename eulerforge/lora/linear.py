@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eulerforge.lora.adapted import AdaptedLinear
-from eulerforge.lora.product import augmented, low_rank
+from eulerforge.lora.product import aligned_empty, augmented, low_rank
 
 
 class LoRALinear(AdaptedLinear):
@@ -96,7 +96,7 @@ class LoRALinear(AdaptedLinear):
         joined, weight = self._joined, self.weight
         # whoever moved or replaced the weight since is right: the view is made anew
         if joined is None or joined.data_ptr() != weight.data_ptr() or joined.stride() != weight.stride():
-            joined = weight.new_empty(self.out_features, self.in_features + self.r)
+            joined = aligned_empty(self.out_features, self.in_features + self.r, weight)
             joined[:, : self.in_features].copy_(weight.detach())
             weight.data = joined[:, : self.in_features]
             self._joined = joined

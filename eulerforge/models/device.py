@@ -12,6 +12,8 @@ from eulerforge.models.processor import has_bf16_products, product_key, product_
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BF16_CAPABILITY = (8, 0)
+"""Of cards that multiply bf16 in hardware: Ampere and later."""
 PROBED = 192
 """Rows and columns of the product that is timed: a fast one takes 0.2 ms, a slow one some 20."""
 SLOW = 3
@@ -47,7 +49,8 @@ def pick_dtype(mode: str, device: torch.device) -> torch.dtype:
     if mode in DTYPES:
         return DTYPES[mode]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        # torch's own question is about the current device, which may be another one
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= BF16_CAPABILITY else torch.float32
     return torch.bfloat16 if has_bf16_products() else torch.float32
 
 

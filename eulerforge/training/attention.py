@@ -14,7 +14,7 @@ document; a first D counts documents.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 from functools import cache
 from typing import Any, cast
@@ -158,6 +158,7 @@ def _flash(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call: 
     out: torch.Tensor = flash_attn_varlen_func(
         q_NQD, k_NKD, v_NKD, borders, borders, longest, longest, softmax_scale=call.scale, causal=True,
         window_size=_window(call), softcap=call.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return out
 
@@ -187,7 +188,16 @@ def _window(call: _Call) -> tuple[int, int]:
 @cache
 def _has_flash_attn() -> bool:
     """Every layer asks, and where it is not installed the whole path of imports is searched for it."""
-    return importlib.util.find_spec("flash_attn") is not None
+    return can_import("flash_attn", "flash_attn_varlen_func")
+
+
+def can_import(module: str, name: str | None = None) -> bool:
+    """Whether a package is there, can be loaded (one that was built for another torch cannot) and has this name."""
+    try:
+        found = importlib.import_module(module)
+    except Exception:  # noqa: BLE001 - what cannot be loaded is not used, whatever it raises
+        return False
+    return name is None or hasattr(found, name)
 
 
 @cache

@@ -45,6 +45,15 @@ class BlockRecord(TorchDispatchMode):
         if earlier is not None:
             self._before = {**earlier._before, **{key: earlier._places[key] for key in earlier._live}}
 
+    supports_higher_order_operators = True
+    """flex_attention is one; torch refuses it in a mode that does not say so."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled kernels run in the mode, which torch compiles nothing in otherwise; what they make is seen when the
+        next operation takes it."""
+        return True
+
     def mark(self, name: str) -> None:
         """Remember this moment; of two of the same name the first counts."""
         self.marks.setdefault(name, len(self.events))

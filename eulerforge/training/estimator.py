@@ -24,7 +24,7 @@ from eulerforge.training.heap import heap_bytes
 from eulerforge.training.kernelcache import KEPT
 from eulerforge.training.layerblocks import LayerBlocks
 from eulerforge.training.limits import Room
-from eulerforge.training.loss import BLOCK_NUMBERS, chunk_rows
+from eulerforge.training.loss import block_rows, chunk_rows
 from eulerforge.training.onelayer import CHUNK, TOKENS, kind_of, record_layer
 from eulerforge.training.peak import LossBlocks, MicroBatch, step_peak
 from eulerforge.training.recompute import SWITCH, enable_gradient_checkpointing, is_recomputed
@@ -168,13 +168,19 @@ class Estimator:
         plain = self.base_numbers * self.dtype.itemsize
         # weights in the precision of their file are the file's own pages, for as long as one of them is used
         mapped = self.device.type == "cpu" and self.file_dtype == self.dtype
-        load = plain if mapped else plain + read
+        # a card gets each weight in its last precision; the file is read into the main memory
+        load = plain if mapped or self.device.type == "cuda" else plain + read
         precision = self.config.model.load_precision
         if precision.mode in QUANTIZED_MODES:
             plan = plan_of(self.model, precision, self.dtype)
             quantized = plan.quantized_bytes + plan.expert_bytes + plan.other_bytes
             quantized -= self.trained // 4 * self.dtype.itemsize
-            return quantized, load + (quantized if mapped else 0), self._largest_linear * self.dtype.itemsize
+            one = self._largest_linear
+            # on a card an int8 weight passes through fp32; a layer is quantized there from 16 bits
+            again = one * (self.dtype.itemsize + 4 * (self.device.type == "cuda" and precision.mode == "int8"))
+            if self.device.type == "cuda":
+                return quantized, quantized + one * (self.dtype.itemsize + 2), again
+            return quantized, load + (quantized if mapped else 0), again
         anew = sum(layer.laid_out if mapped else layer.grown for layer in layers)
         return plain + anew, load, 0
 
@@ -190,9 +196,10 @@ class Estimator:
         text = self.model.config.get_text_config()
         vocabulary, width, size = int(text.vocab_size), int(text.hidden_size), self.dtype.itemsize
         rows = min(tokens, chunk_rows(vocabulary, size, self.device))
-        block = min(rows, max(1, BLOCK_NUMBERS // vocabulary)) if self.device.type == "cpu" else rows
-        softcap = 2 if getattr(text, "final_logit_softcapping", None) else 1
-        work = 4 * block * vocabulary * softcap + 3 * tokens * width * size
+        block = min(rows, block_rows(vocabulary, self.device))
+        # of a block in fp32: probabilities; soft-capped logits, their square and their slope
+        copies = 4 if getattr(text, "final_logit_softcapping", None) else 1
+        work = 4 * block * vocabulary * copies + 3 * tokens * width * size
         return LossBlocks(room=rows * vocabulary * size, work=work)
 
     def _layers(self, every: int) -> list[LayerBlocks]:

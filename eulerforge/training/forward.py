@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from eulerforge.data.batches import Batch
 from eulerforge.data.rows import IGNORED
@@ -21,10 +22,12 @@ from eulerforge.training.loss import summed_cross_entropy
 def label_token_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
     """Summed loss (fp32 scalar, differentiable) of a batch, and how many label tokens it is a sum over."""
     hidden_BTH = hidden_states(model, batch)
-    next_labels_BT = batch.labels[:, 1:]
-    is_label_BT = next_labels_BT != IGNORED
-    hidden_NH = hidden_BTH[:, :-1][is_label_BT]
-    labels_N = next_labels_BT[is_label_BT]
+    at_N, labels_N = batch.label_at, batch.next_labels
+    if at_N is None or labels_N is None:
+        next_labels_BT = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        at_N = (next_labels_BT != IGNORED).flatten().nonzero()[:, 0]
+        labels_N = next_labels_BT.flatten()[at_N]
+    hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, at_N)
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return summed_cross_entropy(model.get_output_embeddings(), hidden_NH, labels_N, softcap), len(labels_N)
 

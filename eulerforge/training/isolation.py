@@ -9,6 +9,7 @@ result back. No module is replaced, so no parameter changes its name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -19,7 +20,7 @@ from eulerforge.api import BackboneAdapter, BackboneSpec, SequenceMixerFinder
 from eulerforge.data.batches import Batch
 from eulerforge.data.packing import Segments
 from eulerforge.errors import PluginError, RunError
-from eulerforge.training.attention import NAME, describe, heads_of, kernel_for, register
+from eulerforge.training.attention import NAME, can_import, describe, heads_of, kernel_for, register
 from eulerforge.training.forward import hidden_states
 
 if TYPE_CHECKING:
@@ -77,18 +78,27 @@ class Isolation:
         }
 
 
-def isolate(model: Any, spec: BackboneSpec, adapter: BackboneAdapter, *, keep_attention: bool = False) -> Isolation:
+def isolate(
+    model: Any,
+    spec: BackboneSpec,
+    adapter: BackboneAdapter,
+    *,
+    keep_attention: bool = False,
+    device: torch.device | None = None,
+) -> Isolation:
     """Make the model ready for packed rows, as its backbone says that it can be.
 
     Args:
         spec: of the backbone that covers the model's family fully.
         keep_attention: the preset names an attention implementation; transformers keeps documents apart in it.
+        device: where the run trains, which a model on the meta device does not say; None: where the model is.
 
     Raises:
         PluginError: the backbone declares ``gather``, and its adapter cannot say where.
     """
     if spec.isolation == "none":
         return Isolation(reason=f"backbone {spec.name} does not say how documents in one row are kept apart")
+    device = device or model.device
     undo: list[Callable[[], None]] = []
     decoder = model.get_decoder()
     before = decoder.config._attn_implementation
@@ -98,21 +108,21 @@ def isolate(model: Any, spec: BackboneSpec, adapter: BackboneAdapter, *, keep_at
         if decoder.config._attn_implementation != NAME:
             return Isolation(reason=f"{type(model).__name__} does not use transformers' attention interface")
         undo.append(lambda: decoder.set_attn_implementation(before))
-        attention = describe(*_kernel(model))
+        attention = describe(*_kernel(model, device))
     hooks = [_Gather(module) for module in _mixers(model, spec, adapter)]
     undo += [hook.remove for hook in hooks]
     if not hooks:
         return Isolation(attention=attention, undo=tuple(undo))
-    fast = _border_kernels(model.device)
+    fast = _border_kernels(device)
     mixing = "flash-linear-attention with documents' borders" if fast else "documents gathered into padded rows"
     return Isolation(attention=attention, mixers=len(hooks), mixing=mixing, pads=not fast, undo=tuple(undo))
 
 
-def _kernel(model: Any) -> tuple[str, str]:
+def _kernel(model: Any, device: torch.device) -> tuple[str, str]:
     """The kernel that the layers will ask for in training, by the model's config; and why no better one."""
     text = model.config.get_text_config()
     return kernel_for(
-        model.device,
+        device,
         model.dtype,
         heads_of(model.config),
         dropout=getattr(text, "attention_dropout", None) or 0.0,
@@ -176,13 +186,19 @@ class _Gather:
 
 def _border_kernels(device: torch.device) -> bool:
     """Whether both fast kernels of Gated DeltaNet are there, in a transformers that gives them the borders."""
-    if device.type != "cuda":
-        return False
+    return device.type == "cuda" and _knows_borders()
+
+
+@cache
+def _knows_borders() -> bool:
     import transformers
     from transformers.utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return version >= (5, 20) and is_flash_linear_attention_available() and is_causal_conv1d_available()
+    if version < (5, 20) or not (is_flash_linear_attention_available() and is_causal_conv1d_available()):
+        return False
+    # a package that was built for another torch is there and cannot be imported
+    return can_import("causal_conv1d") and can_import("fla.ops.gated_delta_rule")
 
 
 @torch.no_grad()
@@ -224,7 +240,7 @@ def prove(model: Any) -> float:
     """
     try:
         found = leak(model)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
         raise RunError(
             f"a packed row cannot be computed: {type(error).__name__}: {error}",
             key="data.packing",

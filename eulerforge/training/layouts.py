@@ -40,7 +40,7 @@ def plan_layout(
     """
     isolation, by_length = Isolation(), False
     if config.data.packing != "off":
-        isolation = _isolation(config, registry, model, injected)
+        isolation = _isolation(config, registry, model, injected, device)
         if isolation.possible:
             isolation = attrs.evolve(isolation, leak=prove(model)) if proven else isolation
             by_length = isolation.pads
@@ -55,7 +55,9 @@ def plan_layout(
     return layout, isolation
 
 
-def _isolation(config: RunConfig, registry: Registry, model: Any, injected: Injected) -> Isolation:
+def _isolation(
+    config: RunConfig, registry: Registry, model: Any, injected: Injected, device: torch.device
+) -> Isolation:
     spec, adapter, types = injected.backbone, injected.adapter, model_types(model.config)
     partly = f"backbone {spec.name} knows this model in part"
     if not any(kind in spec.model_types for kind in types):
@@ -68,4 +70,5 @@ def _isolation(config: RunConfig, registry: Registry, model: Any, injected: Inje
             adapter = registry.create(spec)
         except PluginError as error:
             return Isolation(reason=f"{partly}, and {spec.name} is broken: {error}")
-    return isolate(model, spec, adapter, keep_attention=config.model.attn_implementation != "auto")
+    keep = config.model.attn_implementation != "auto"
+    return isolate(model, spec, adapter, keep_attention=keep, device=device)

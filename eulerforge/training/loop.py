@@ -80,17 +80,21 @@ def train_loop(
         micro_batches = run.layout.cut(rows, step_rows)
         batches = [run.layout.batch(rows, lines, run.device) for lines in micro_batches]
         label_tokens = sum(batch.label_tokens for batch in batches)
-        loss, grad_norm, fault, suspects = 0.0, None, "", []
+        grad_norm, fault, suspects = None, "", []
+        loss_sums = []
         for micro, batch in enumerate(batches):
             torch.manual_seed(micro_batch_seed(run.config.seed, step, micro))
             with run.forward(micro_batches[micro]):
                 loss_sum, _ = label_token_loss(model, batch)
-            value = float(loss_sum.detach())
+            (loss_sum / label_tokens).backward()
+            loss_sums.append(loss_sum.detach())
+        # read once, so that a GPU's next micro-batch is queued while it computes one
+        values = torch.stack(loss_sums).tolist()
+        loss = sum(value / label_tokens for value in values)
+        for micro, value in enumerate(values):
             if not math.isfinite(value):
                 fault, suspects = f"the loss of step {step + 1} is {value}", micro_batches[micro]
                 break
-            (loss_sum / label_tokens).backward()
-            loss += value / label_tokens
 
         # the update
         norms = None
@@ -98,6 +102,7 @@ def train_loop(
             gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             grad_norm = float(norm)
+            del gradients  # they would live beside the next step's
             if not math.isfinite(grad_norm):
                 fault = f"the gradient of step {step + 1} is {grad_norm}"
                 suspects = [step_rows]

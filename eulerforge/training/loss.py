@@ -22,8 +22,9 @@ from eulerforge.models.room import room
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Logits of a chunk, in the head's precision. A GPU needs more rows at once before its product is fast."""
-BLOCK_NUMBERS = 1 << 20
-"""fp32 numbers of a block on the CPU: softmax and gradient of these stay in the cache."""
+BLOCK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""fp32 numbers of a block. On the CPU softmax and gradient of these stay in the cache; on a GPU 256 MiB each are enough
+for its kernels, and a soft-cap has four such tensors at once."""
 COLUMNS = 2048
 """Logits of a row that one product makes on the CPU; wider ones leave the cache before the product is done."""
 
@@ -128,7 +129,7 @@ def _loss_and_gradient_in_place(
 ) -> torch.Tensor:
     """The chunk's summed loss; with ``wants_gradient`` its gradient overwrites the logits. Sums are in ``exact``."""
     rows, vocabulary = logits_CV.shape
-    block = rows if logits_CV.device.type != "cpu" else max(1, BLOCK_NUMBERS // vocabulary)
+    block = block_rows(vocabulary, logits_CV.device)
     total = torch.zeros((), dtype=exact, device=logits_CV.device)
     room_KV = torch.empty(min(block, rows), vocabulary, dtype=exact, device=logits_CV.device)
     for start in range(0, rows, block):
@@ -158,6 +159,11 @@ def _chunk_loss(
     if softcap is not None:
         logits_CV = torch.tanh(logits_CV / softcap) * softcap
     return F.cross_entropy(logits_CV, labels_C, reduction="sum")
+
+
+def block_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows whose logits are there in fp32 at once."""
+    return max(1, BLOCK_NUMBERS["cpu" if device.type == "cpu" else "cuda"] // vocabulary)
 
 
 def chunk_rows(vocabulary: int, bytes_each: int, device: torch.device) -> int:

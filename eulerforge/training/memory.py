@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig
     from eulerforge.training.estimated import Estimated, NoEstimate
 
-_CPU_MARKS = ("can't allocate memory", "out of memory", "DefaultCPUAllocator")
+_MARKS = (
+    "can't allocate memory", "out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -117,7 +120,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return any(mark in str(error) for mark in _CPU_MARKS)
+    return any(mark in str(error) for mark in _MARKS)
 
 
 def memory_bytes(device: torch.device) -> int:

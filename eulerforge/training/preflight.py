@@ -93,7 +93,8 @@ def _probe(run: Run, phase: Phase, batch: Batch) -> dict[str, Any]:
     names = run.phases.names_of(phase)
     torch.manual_seed(run.config.seed)
     began = time.perf_counter()
-    loss_sum, label_tokens = label_token_loss(run.model, batch)
+    with run.kept.forward(run.model):
+        loss_sum, label_tokens = label_token_loss(run.model, batch)
     loss = loss_sum / label_tokens
     if not torch.isfinite(loss):
         key = product_key(run.config.model.load_precision)
@@ -125,7 +126,8 @@ def _seconds_again(run: Run, batch: Batch, first: float) -> float:
     if first > REPEATED_SECONDS:
         return first
     began = time.perf_counter()
-    loss_sum, label_tokens = label_token_loss(run.model, batch)
+    with run.kept.forward(run.model):
+        loss_sum, label_tokens = label_token_loss(run.model, batch)
     (loss_sum / label_tokens).backward()
     run.model.zero_grad(set_to_none=True)
     return _since(began, run.device)

@@ -7,6 +7,7 @@ nothing anyway: nothing there wants a gradient, so autograd never sees them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -97,10 +98,14 @@ def in_words(every: int) -> str:
 
 
 class Offload:
-    """Saved tensors in the main memory; the weights, which are there anyway, and small tensors stay where they are."""
+    """Saved tensors in the main memory; the weights, which are there anyway, and small tensors stay where they are.
+
+    What several functions save (q and v the same input) is copied once.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+        self._copies: dict[tuple[Any, ...], tuple[weakref.ref[Any], weakref.ref[_Copied]]] = {}
 
     def hooks(self) -> AbstractContextManager[Any]:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -109,15 +114,31 @@ class Offload:
         size = tensor.numel() * tensor.element_size()
         if size < OFFLOADED_BYTES or tensor.untyped_storage().data_ptr() in self._weights:
             return tensor
-        pinned = tensor.device.type == "cuda"
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        # both ways wait in the stream that computes, so neither is read before it is written
-        copy.copy_(tensor, non_blocking=pinned)
-        return tensor.device, copy
+        storage = tensor.untyped_storage()
+        key = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        # the place of a freed tensor is used again: only the same storage object is the same tensor
+        there, known = self._copies.get(key, (None, None))
+        copied = known() if there is not None and known is not None and there() is storage else None
+        if copied is None:
+            pinned = tensor.device.type == "cuda"
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            # both ways wait in the stream that computes, so neither is read before it is written
+            copy.copy_(tensor, non_blocking=pinned)
+            copied = _Copied(tensor.device, copy)
+            self._copies[key] = weakref.ref(storage), weakref.ref(copied)
+        return copied
 
     @staticmethod
     def _unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        device, copy = packed
+        device, copy = packed.device, packed.copy
         return copy.to(device, non_blocking=device.type == "cuda") if device.type != "cpu" else copy
+
+
+@attrs.frozen(eq=False)
+class _Copied:
+    """A saved tensor's copy, and where it came from."""
+
+    device: torch.device
+    copy: torch.Tensor

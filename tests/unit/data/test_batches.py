@@ -77,6 +77,9 @@ def test_collate_pads_on_the_right() -> None:
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch.labels.tolist() == [[-100, 8, 9], [-100, 2, -100]]
     assert (batch.tokens, batch.label_tokens) == (5, 3)
+    assert batch.label_at is not None
+    assert batch.next_labels is not None
+    assert (batch.label_at.tolist(), batch.next_labels.tolist()) == ([0, 1, 3], [8, 9, 2])
     assert {tensor.dtype for tensor in (batch.input_ids, batch.attention_mask, batch.labels)} == {torch.int64}
 
 

@@ -109,6 +109,10 @@ def test_documents_lie_one_after_another() -> None:
     assert batch.segments.cu_seqlens.dtype == torch.int32
     assert batch.segments.document_of.tolist() == [[0, 0, 0, 1, 1], [2, 2, 2, 2, 3]]
     assert (batch.tokens, batch.label_tokens) == (9, 6)
+    assert batch.label_at is not None
+    assert batch.next_labels is not None
+    assert batch.label_at.tolist() == [0, 1, 3, 5, 6, 7], "the positions before the labels, over all lines"
+    assert batch.next_labels.tolist() == [1, 2, 101, 201, 202, 203]
 
 
 def test_a_long_line_on_the_cpu_is_filled_up_to_whole_steps_by_a_document_of_its_own() -> None:

@@ -181,7 +181,8 @@ def test_the_weight_is_a_view_that_nobody_sees(dtype: torch.dtype, tmp_path: Any
     x = torch.randn(6, IN, dtype=dtype)
     out = model(x)
     weight = model.gate.base_layer.weight
-    assert weight.untyped_storage().nbytes() == 32 * (IN + R) * weight.element_size(), "the weight lives once"
+    # with the rank's columns, rows filled up to a multiple of 8
+    assert weight.untyped_storage().nbytes() == 32 * (IN + 8) * weight.element_size(), "the weight lives once"
     assert [name for name, _ in model.named_parameters()] == names
     save_file(model.state_dict(), tmp_path / "all.safetensors")
     saved = load_file(tmp_path / "all.safetensors")
@@ -193,6 +194,16 @@ def test_the_weight_is_a_view_that_nobody_sees(dtype: torch.dtype, tmp_path: Any
         assert tensor.is_contiguous()
         assert torch.equal(tensor, was)
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("rank", [4, 8, 20])
+def test_whatever_the_rank_a_row_begins_where_a_gpu_has_fast_kernels(rank: int) -> None:
+    layer = LoRALinear(nn.Linear(64, 48, dtype=torch.bfloat16), r=rank, alpha=8)
+    x = torch.randn(6, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.base_layer(x))
+    assert layer.weight.stride(0) * layer.weight.element_size() % 16 == 0
+    assert layer.weight.stride(0) < 64 + rank + 8
 
 
 def test_a_move_a_cast_and_a_replaced_weight_are_followed() -> None:

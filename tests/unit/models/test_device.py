@@ -59,3 +59,14 @@ def test_the_products_are_really_timed() -> None:
     halves, fp32 = (room._product_seconds(dtype) for dtype in (torch.bfloat16, torch.float32))
     assert 0 < fp32 < 0.1
     assert 0 < halves < 2
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_the_card_that_is_asked_for_decides_about_bf16(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the current one: torch's own question takes no device."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+    assert room.pick_dtype("auto", torch.device("cuda", 1)) == dtype
+    assert asked == [torch.device("cuda", 1)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,3 +178,32 @@ def test_torch_has_the_varlen_kernel_that_we_call() -> None:
     arguments = attention._varlen_arguments()
     assert arguments is not None
     assert {"scale", "window_size"} <= arguments
+
+
+def test_a_package_that_cannot_be_loaded_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a wheel that was built for another torch; and one that has a part of the name only."""
+    (tmp_path / "of_another_torch.py").write_text("raise OSError('undefined symbol: _ZN3c10')\n")
+    (tmp_path / "other_version.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not attention.can_import("of_another_torch")
+    assert not attention.can_import("other_version", "flash_attn_varlen_func")
+    assert attention.can_import("other_version")
+    assert not attention.can_import("not_there")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attn_is_told_to_be_deterministic(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own setting does not reach another package."""
+    told: list[bool] = []
+
+    def kernel(query: torch.Tensor, *_: Any, deterministic: bool, **__: Any) -> torch.Tensor:
+        told.append(deterministic)
+        return query
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    states = torch.zeros(3, 1, 4)
+    attention._flash(states, states, states, attention._Call(segments((3,)), 1.0, None, None, 0.0))
+    assert told == [deterministic]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from eulerforge.config.schema import LoadPrecision
 from eulerforge.training.estimated import Estimated, NoEstimate
 from eulerforge.training.preflight import preflight, preflight_lines
 
@@ -70,3 +72,19 @@ def test_without_an_estimate_auto_takes_the_least_memory(
     run = make_run(training__gradient_checkpointing="auto", say=said.append)
     assert run.kept.every == 1
     assert any("every layer is computed again" in line for line in said)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "int4", "int8"])
+def test_a_card_never_holds_the_file_beside_the_weights(make_run: Callable[..., Any], mode: str) -> None:
+    """What the card holds while the weights are read; what is in the main memory then is no part of it."""
+    estimator = make_run(estimates=True).estimated.estimator
+    model = attrs.evolve(estimator.config.model, load_precision=LoadPrecision(mode=mode))
+    estimator.config = attrs.evolve(estimator.config, model=model)
+    on_cpu, _, again_on_cpu = estimator._weights([])
+    estimator.device = torch.device("cuda")
+    weights, load, again = estimator._weights([])
+    assert weights == on_cpu
+    largest = estimator._largest_linear
+    size = estimator.dtype.itemsize
+    assert load == (weights if mode == "fp32" else weights + largest * (size + 2))
+    assert again == again_on_cpu + (4 * largest if mode == "int8" else 0)

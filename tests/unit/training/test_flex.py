@@ -21,6 +21,7 @@ from eulerforge.models.layout import DenseAdapter
 from eulerforge.testing.tiny_models import tiny_model
 from eulerforge.training import attention, flex
 from eulerforge.training.attention import describe, kernel_for
+from eulerforge.training.blocks import BlockRecord
 from eulerforge.training.document_products import document_products
 from eulerforge.training.forward import hidden_states
 from eulerforge.training.isolation import isolate, prove
@@ -238,6 +239,14 @@ def test_which_kernel_on_cuda(
         assert ("attention dropout" in said) == ("dropout" in more)
     tried = [(GPU, dtype, (8, 2, width), "softcap" in more)]
     assert asked == (tried if refused or expected == "flex" else [])
+
+
+def test_the_estimate_of_memory_may_be_the_first_to_ask(counter: CompileCounterWithBackend) -> None:
+    """It records what a layer makes in a dispatch mode, in which torch compiles nothing unless the mode lets it."""
+    with BlockRecord([]) as record:
+        assert flex.refusal(CPU, torch.float32, (4, 2, 16)) == ""
+    assert counter.frame_count > 0
+    assert record.events
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "flex"), ((8, 0), "varlen"), ((9, 0), "varlen")])

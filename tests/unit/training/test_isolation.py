@@ -141,16 +141,16 @@ def test_the_kernel_is_asked_for_with_the_configs_heads_and_cap(monkeypatch: pyt
     asked: list[Any] = []
 
     def kernel_for(*of: Any, **more: Any) -> tuple[str, str]:
-        asked.append((of[2], more))
+        asked.append((of[0], of[2], more))
         return "padded", "flex_attention cannot be used: no triton"
 
     monkeypatch.setattr(isolation, "kernel_for", kernel_for)
     model = tiny_model("gemma3")
     text = model.config.get_text_config()
     text.attn_logit_softcapping = 30.0
-    line = isolate(model, spec("attention"), DenseAdapter()).line("flat")
+    line = isolate(model, spec("attention"), DenseAdapter(), device=torch.device("cuda", 1)).line("flat")
     heads = (text.num_attention_heads, text.num_key_value_heads, text.head_dim)
-    assert asked == [(heads, {"dropout": 0.0, "softcap": 30.0})]
+    assert asked == [(torch.device("cuda", 1), heads, {"dropout": 0.0, "softcap": 30.0})]
     assert line.endswith("padded to the longest (flex_attention cannot be used: no triton)")
 
 

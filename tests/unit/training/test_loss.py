@@ -35,7 +35,7 @@ def case(dtype: torch.dtype = torch.float32, *, bias: bool = True) -> tuple[nn.L
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 10 rows in fp32, blocks of 3: neither divides N."""
     monkeypatch.setattr(loss_room, "CHUNK_BYTES", {"cpu": 10 * 4 * V, "cuda": 10 * 4 * V})
-    monkeypatch.setattr(loss_room, "BLOCK_NUMBERS", 3 * V)
+    monkeypatch.setattr(loss_room, "BLOCK_NUMBERS", {"cpu": 3 * V})
 
 
 class Wrapped(nn.Module):

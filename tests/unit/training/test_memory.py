@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import tinyrun
 import torch
 from torch import nn
 
+from eulerforge.cli.main import main
 from eulerforge.errors import RunError
 from eulerforge.models.sizes import gib
 from eulerforge.plugins import load_registry
@@ -35,6 +37,7 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     MemoryError(),
 ]
 
@@ -174,3 +177,26 @@ def test_what_autograd_keeps_is_counted_once_and_without_parameters() -> None:
         y = layer(x)  # keeps x (128 bytes) and the weight
         (y * y).sum()  # keeps y twice: one storage of 128 bytes
     assert kept.bytes == 256
+
+
+def test_the_gradients_of_a_step_are_gone_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eulerforge.training import loop
+
+    gradients: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    real, total = loop.label_token_loss, torch.nn.utils.get_total_norm
+
+    def forward(*arguments: Any) -> Any:
+        alive.append(sum(gradient() is not None for gradient in gradients))
+        return real(*arguments)
+
+    def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+        gradients.extend(weakref.ref(tensor) for tensor in tensors)
+        return total(tensors)
+
+    monkeypatch.setattr(loop, "label_token_loss", forward)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", norm)
+    tinyrun.prepare(tmp_path)
+    assert main(tinyrun.arguments(tmp_path)) == 0
+    assert gradients
+    assert alive == [0] * len(alive)

@@ -128,9 +128,9 @@ def test_a_layer_without_weights_makes_the_same_blocks_and_is_left_as_it_was(tmp
     assert (shapes_alone.forward, shapes_alone.backward) == (real.forward, real.backward)
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"meta"}
     assert all(module._joined is None for module in model.modules() if hasattr(module, "_joined"))
-    # q, v, gate, up and down are laid out beside their columns of B
-    rank, out = 4, 32 + 16 + 48 + 48 + 32
-    assert shapes_alone.grown == 4 * rank * out
+    # q, v, gate, up and down are laid out beside their columns of B, filled up to 8
+    columns, out = 8, 32 + 16 + 48 + 48 + 32
+    assert shapes_alone.grown == 4 * columns * out
 
 
 def test_a_layer_that_is_computed_again_keeps_its_input_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from eulerforge.errors import ConfigError, RunError
 from eulerforge.training.preflight import preflight, preflight_lines
+from eulerforge.training.recompute import Kept
 
 PHASES = [{"step": 0, "trainable": ["lora"]}, {"step": 2, "trainable": ["attn_lora"]}]
 
@@ -31,8 +33,8 @@ def test_numbers_are_those_of_the_model(make_run: Callable[..., Any]) -> None:
     base = sum(tensor.numel() for name, tensor in before.items() if "lora_" not in name)
     assert result["parameters"] == base + lora + attention
     memory = result["memory"]
-    # the file's pages, and each adapted weight once more beside r = 4 columns of B: gate and up, down, q, v
-    laid_out = 3 * (2 * 48 * (32 + 4) + 32 * (48 + 4) + 32 * (32 + 4) + 16 * (32 + 4))
+    # the file's pages, and each adapted weight once more beside B, filled up to 8 columns: gate and up, down, q, v
+    laid_out = 3 * (2 * 48 * (32 + 8) + 32 * (48 + 8) + 32 * (32 + 8) + 16 * (32 + 8))
     assert memory["weights"] == 4 * (base + laid_out)
     assert memory["adapters"] == 4 * (lora + attention)
     assert memory["optimizer"] == 8 * (lora + attention)
@@ -103,3 +105,19 @@ def test_damaged_weights_and_half_precision_weights_that_train_are_refused(make_
     phases = [{"step": 0, "trainable": ["lora", "base_ffn"]}]
     with pytest.raises(ConfigError, match="base weights train in fp32 only"):
         preflight(make_run(training__phases=phases, model__load_precision__mode="bf16"))
+
+
+def test_activations_are_kept_where_the_run_keeps_them(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that fits with its activations in the main memory only must not fail in the preflight."""
+    run = make_run()
+    forwards: list[Any] = []
+
+    def forward(kept: Kept, model: Any) -> Any:
+        forwards.append(model)
+        return nullcontext()
+
+    monkeypatch.setattr(Kept, "forward", forward)
+    preflight(run)
+    assert forwards == [run.model] * 2, "the probe of the one phase, and the pass that is timed"

@@ -123,14 +123,33 @@ def test_offloaded_activations_give_the_same_bits(
 
     def counted(self: Offload, tensor: torch.Tensor) -> Any:
         packed = plain(self, tensor)
-        away.append(isinstance(packed, tuple))
-        assert isinstance(packed, tuple) or tensor.numel() * tensor.element_size() < 64 or tensor.is_leaf
+        away.append(not isinstance(packed, torch.Tensor))
+        assert away[-1] or tensor.numel() * tensor.element_size() < 64 or tensor.is_leaf
         return packed
 
     monkeypatch.setattr(Offload, "_pack", counted)
     again, _ = gradients(run, lambda model: Offload(model).hooks())
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert sum(away) > 20
+
+
+def test_what_two_functions_save_is_copied_once_and_a_reused_place_is_not_mistaken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recompute, "OFFLOADED_BYTES", 64)
+    offload = Offload(torch.nn.Linear(2, 2))
+    saved = torch.arange(64.0)
+    first = offload._pack(saved)
+    assert offload._pack(saved) is first
+    saved.add_(1)  # no longer what the first function saved
+    second = offload._pack(saved)
+    assert second is not first
+    assert torch.equal(Offload._unpack(first), torch.arange(64.0))
+    assert torch.equal(Offload._unpack(second), torch.arange(64.0) + 1)
+    for number in range(50):  # the allocator gives the same place again
+        other = torch.full((64,), float(number))
+        assert torch.equal(Offload._unpack(offload._pack(other)), torch.full((64,), float(number)))
+        del other
 
 
 def test_offloading_without_a_gpu_is_refused(make_run: Callable[..., Any]) -> None:
