@@ -12,7 +12,7 @@ from eulerforge.cli.output import say, warn
 from eulerforge.cli.plugin_options import DEBUG_HELP, add_plugin_options
 from eulerforge.config import LoadedConfig, load_run_config
 from eulerforge.config.location import resolve_location
-from eulerforge.config.phase_checks import phase_problems
+from eulerforge.config.phase_checks import best_problems, phase_problems
 from eulerforge.errors import ConfigError, PluginError, Problem, UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def validate(loaded: LoadedConfig, registry: Registry) -> None:
     offered = {group for spec in registry.phase_groups() for group in spec.groups}
     own = registry.strategy(run.strategy).groups
     errors, warnings = phase_problems(run.training, strategy=run.strategy, own=own, offered=offered)
-    errors += list(_missing_files(loaded))
+    errors += [*best_problems(run), *_missing_files(loaded)]
     for problem in warnings:
         warn(_sourced(problem, loaded))
     if errors:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import cattrs
@@ -16,6 +17,7 @@ import cattrs
 from eulerforge.config.suggest import nearest
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_COLLECTIONS: dict[Any, Any] = {tuple: tuple, list: list, Sequence: tuple, set: set, frozenset: frozenset}
 _UNIONS = (typing.Union, types.UnionType)
 
 
@@ -59,7 +61,7 @@ def _name(kind: Any) -> str:
     if kind in _KINDS:
         return _KINDS[kind]
     origin = typing.get_origin(kind) or kind
-    if origin in (tuple, list):
+    if origin in _COLLECTIONS:
         return "a list"
     if origin in (Mapping, dict):
         return "a table"
@@ -85,9 +87,9 @@ def _strict(kind: type) -> Callable[[Any, type], Any]:
 
 
 def _sequence(kind: Any) -> Callable[[Any, Any], Any]:
-    made = typing.get_origin(kind)
-    items = typing.get_args(kind)
-    fixed = made is tuple and Ellipsis not in items
+    made = _COLLECTIONS[typing.get_origin(kind) or kind]
+    items = typing.get_args(kind) or (Any,)
+    fixed = typing.get_origin(kind) is tuple and Ellipsis not in items
 
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, list | tuple):
@@ -102,12 +104,13 @@ def _sequence(kind: Any) -> Callable[[Any, Any], Any]:
 
 
 def _mapping(kind: Any) -> Callable[[Any, Any], dict[str, Any]]:
-    item = typing.get_args(kind)[1]
+    name_kind, item = typing.get_args(kind) or (Any, Any)
 
     def hook(value: Any, _: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise WrongTypeError(f"a table is wanted, not {describe(value)}")
-        return {name: _CONVERTER.structure(entry, item) for name, entry in value.items()}
+        pairs = ((_CONVERTER.structure(name, name_kind), entry) for name, entry in value.items())
+        return {name: _CONVERTER.structure(entry, item) for name, entry in pairs}
 
     return hook
 
@@ -136,11 +139,12 @@ def _literal(kind: Any) -> Callable[[Any, Any], Any]:
     allowed = typing.get_args(kind)
 
     def hook(value: Any, _: Any) -> Any:
-        for one in allowed:
-            if type(one) is type(value) and one == value:
-                return value
-        near = nearest(str(value), map(str, allowed))
-        listed = f"allowed: {', '.join(map(str, allowed))}"
+        written = [one.value if isinstance(one, Enum) else one for one in allowed]
+        for one, plain in zip(allowed, written, strict=True):
+            if type(plain) is type(value) and plain == value:
+                return one
+        near = nearest(str(value), map(str, written))
+        listed = f"allowed: {', '.join(map(str, written))}"
         raise WrongTypeError(f"{value!r} is not allowed", f"did you mean {near}? {listed}" if near else listed)
 
     return hook
@@ -150,11 +154,11 @@ _CONVERTER = cattrs.Converter(detailed_validation=False, forbid_extra_keys=True)
 for _kind in _KINDS:
     _CONVERTER.register_structure_hook(_kind, _strict(_kind))
 for _origins, _factory in (
-    ((tuple, list), _sequence),
+    (tuple(_COLLECTIONS), _sequence),
     ((Mapping, dict), _mapping),
     (_UNIONS, _union),
     ((typing.Literal,), _literal),
 ):
     _CONVERTER.register_structure_hook_factory(
-        lambda kind, origins=_origins: typing.get_origin(kind) in origins, _factory
+        lambda kind, origins=_origins: (typing.get_origin(kind) or kind) in origins, _factory
     )

@@ -1,10 +1,10 @@
-"""What can be said of a run's phases without a model."""
+"""What can be said of a run's phases, and of which checkpoints it keeps, before it begins and without a model."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from eulerforge.config.schema import TrainingConfig
+from eulerforge.config.schema import RunConfig, TrainingConfig
 from eulerforge.config.suggest import nearest
 from eulerforge.errors import Problem
 
@@ -19,6 +19,34 @@ def warmup_problems(training: TrainingConfig, steps: int) -> list[Problem]:
             key="training.warmup_steps",
             message=f"{message}: training.lr is reached at its last step or never",
             hint="a tenth of the steps is usual",
+        )
+    ]
+
+
+def best_problems(run: RunConfig) -> list[Problem]:
+    """Why not every checkpoint would have the held-out loss that ``checkpoint.keep_best`` goes by.
+
+    Asked where a run begins: one that is finished is read whatever it kept.
+    """
+    held_out, save, val = run.data.validation, run.training.save_steps, run.training.val_steps
+    if not run.checkpoint.keep_best:
+        return []
+    if not (held_out.size or held_out.fraction or held_out.path):
+        return [
+            Problem(
+                key="checkpoint.keep_best",
+                message="no checkpoint would have a held-out loss: data.validation holds no rows out",
+                hint="--set data.validation.size=50, or keep_last instead",
+            )
+        ]
+    if save and val and save % val == 0:
+        return []
+    return [
+        Problem(
+            key="checkpoint.keep_best",
+            message="not every checkpoint would have a held-out loss:"
+            f" training.save_steps ({save}) is no multiple of training.val_steps ({val})",
+            hint="give both the same number, or keep_last instead",
         )
     ]
 

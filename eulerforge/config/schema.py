@@ -261,28 +261,8 @@ class RunConfig:
     def check(self) -> Iterable[Problem]:
         if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", self.device):
             yield Problem(key="device", message=f"{self.device!r} is no device", hint="use auto, cpu, cuda or cuda:0")
-        if self.checkpoint.keep_best:
-            yield from _unmeasured(self.data.validation, self.training)
 
     @property
     def eval_batch_size(self) -> int:
         """Rows of an evaluation batch."""
         return self.evaluation.batch_size or self.training.batch_size
-
-
-def _unmeasured(held_out: ValidationConfig, training: TrainingConfig) -> Iterable[Problem]:
-    """Why not every checkpoint would have the held-out loss that ``keep_best`` goes by."""
-    save, val = training.save_steps, training.val_steps
-    if not (held_out.size or held_out.fraction or held_out.path):
-        yield Problem(
-            key="checkpoint.keep_best",
-            message="no checkpoint would have a held-out loss: data.validation holds no rows out",
-            hint="--set data.validation.size=50, or keep_last instead",
-        )
-    elif not (save and val and save % val == 0):
-        yield Problem(
-            key="checkpoint.keep_best",
-            message="not every checkpoint would have a held-out loss:"
-            f" training.save_steps ({save}) is no multiple of training.val_steps ({val})",
-            hint="give both the same number, or keep_last instead",
-        )

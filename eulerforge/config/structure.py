@@ -78,7 +78,7 @@ class Structurer:
         (only, *others) = options_of(kind)
         if attrs.has(only) and not others and (value is not None or only is kind):
             return self.structure(only, value, key + ".")
-        item = typing.get_args(kind)[0] if typing.get_origin(kind) in (tuple, list) else None
+        item = (typing.get_args(kind) or (None,))[0] if typing.get_origin(kind) in (tuple, list) else None
         if item is not None and attrs.has(item):
             if not isinstance(value, list):
                 wanted = ", ".join(entry.name for entry in attrs.fields(item))

@@ -22,7 +22,7 @@ MEND = "mend that row, or delete it"
 _DECODE = json.JSONDecoder().raw_decode
 _LINE_ENDS = ("\n", "", "\r\n")
 _BOM = b"\xef\xbb\xbf"
-_LINE_BITS = 40
+_LINE_BITS = 32
 _LINE = (1 << _LINE_BITS) - 1
 _SHAPE_HINT = 'each line must be one JSON object, such as {"prompt": "...", "response": "..."}'
 

@@ -22,6 +22,9 @@ INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_FORMATS = (".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".npy", ".ot")
 
+SHARED_BLOBS = ".huggingface-shared-blobs"
+"""The file that marks the hub cache's blobs that several models share."""
+
 PREFIXES: tuple[tuple[str, str], ...] = (
     ("", ""),
     # a text model that transformers took out of a multimodal checkpoint
@@ -189,8 +192,12 @@ def other_files(folder: Path) -> Iterable[Path]:
     Raises:
         ModelError: one of them is a link to a file elsewhere, which would be published with the copy.
     """
-    # in the hub's cache every file is a link to the blobs beside the snapshots
-    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    # in the hub's cache every file is a link to the blobs beside the snapshots, and of large ones there a link to the
+    # blobs that all of its models share (huggingface_hub 2)
+    repository = folder.resolve().parent.parent
+    homes = [folder.resolve(), repository / "blobs"]
+    if repository.name.startswith("models--") and (repository.parent / "blobs" / SHARED_BLOBS).is_file():
+        homes.append(repository.parent / "blobs")
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)

@@ -7,7 +7,9 @@ stated one, so that a uniform adapter has no exceptions.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +72,11 @@ def write_peft(
     audit = ExportAudit(layers=audit_changes(changes_of(run), read_base_files(run.source.folder), None))
     audit.refuse(force=force)
     tensors: dict[str, torch.Tensor] = {}
+    scaling = _common(layers.values()).scaling
     for path, module in layers.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A.detach().float().cpu().contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = module.lora_B.detach().float().cpu().contiguous()
+        lora_B = module.lora_B.detach().float().cpu() * (module.scaling / scaling)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = lora_B.contiguous()
     with staged_folder(out, replace=out.is_dir()) as staging:
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
         receipt = {**origin(run, "peft"), "audit": audit.to_json()}
@@ -110,8 +114,13 @@ def module_names(run: TrainedRun, paths: tuple[str, ...], keys: str) -> dict[str
 
 
 def peft_config(run: TrainedRun, layers: dict[str, LoRALinear]) -> dict[str, Any]:
-    """``adapter_config.json``: full paths as targets, because a bare name may reach modules that were left out."""
-    rank, alpha, rslora = Counter((m.r, float(m.alpha), m.use_rslora) for m in layers.values()).most_common(1)[0][0]
+    """``adapter_config.json``: full paths as targets, because a bare name may reach modules that were left out.
+
+    All modules have one scaling, which ``lora_B`` makes up for: vLLM knows no ``alpha_pattern`` and computes one
+    scaling from ``lora_alpha`` and ``r`` for all.
+    """
+    common = _common(layers.values())
+    rank, alpha, rslora = common.r, float(common.alpha), common.use_rslora
     if any(module.use_rslora != rslora for module in layers.values()):
         raise UsageError("some adapters use rsLoRA and some do not, which PEFT cannot say", hint="use --format merged")
     return {
@@ -126,9 +135,21 @@ def peft_config(run: TrainedRun, layers: dict[str, LoRALinear]) -> dict[str, Any
         "use_rslora": rslora,
         "target_modules": sorted(layers),
         "rank_pattern": {path: m.r for path, m in layers.items() if m.r != rank},
-        "alpha_pattern": {path: float(m.alpha) for path, m in layers.items() if float(m.alpha) != alpha},
+        "alpha_pattern": {path: _alpha(common, m.r) for path, m in layers.items() if m.r != rank},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+
+
+def _common(layers: Iterable[LoRALinear]) -> LoRALinear:
+    """One of the layers whose rank, alpha and kind of scaling most have."""
+    listed = list(layers)
+    kinds = [(layer.r, float(layer.alpha), layer.use_rslora) for layer in listed]
+    return listed[kinds.index(Counter(kinds).most_common(1)[0][0])]
+
+
+def _alpha(common: LoRALinear, rank: int) -> float:
+    """With which a module of another rank is scaled as the others are."""
+    return common.scaling * (math.sqrt(rank) if common.use_rslora else rank)

@@ -14,7 +14,7 @@ import torch
 from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.soundness import check_folder
-from eulerforge.models.source import no_config, resolve_source
+from eulerforge.models.source import from_hub_failed, no_config, resolve_source
 
 
 def meta_model(run: RunConfig, dtype: torch.dtype | None = None) -> Any:
@@ -43,11 +43,7 @@ def meta_model(run: RunConfig, dtype: torch.dtype | None = None) -> Any:
     except Exception as error:
         first = first_line(error)
         if isinstance(error, OSError) and isinstance(location, str):
-            raise ModelError(
-                f"{run.model_name} is neither a local folder nor to be had from the hub: {first}",
-                key="model_name",
-                hint="check the name and the network, or put in a local folder with --set model_name=FOLDER",
-            ) from error
+            raise from_hub_failed(run.model_name, error) from error
         raise ModelError(
             f"{run.model_name}: no model can be built from its config.json: {first}",
             key="model_name",

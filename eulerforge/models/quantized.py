@@ -212,8 +212,8 @@ def replace_layers(model: nn.Module, plan: QuantizationPlan, device: torch.devic
         made = _int8(linear, plan, device) if plan.precision.mode == "int8" else _int4(linear, plan, device)
         model.set_submodule(path, made)
     # one weight that is still the file's own pages would keep all of them in memory, the quantized ones too
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.is_floating_point():
+    for parameter in model.parameters() if device.type == "cpu" else ():
+        if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
 
 

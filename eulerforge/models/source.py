@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from eulerforge.config.location import resolve_location
 from eulerforge.errors import ModelError, first_line
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+HUB_COPIES = ("consolidated*.safetensors", "original/*")
+"""Weights in a second form, beside those that transformers reads."""
+MOST_CAUSES = 10
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -50,10 +55,12 @@ def resolve_source(
             key="model_name",
             hint="give a folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B",
         )
-    return BaseSource(kind="hub", name=model_name, folder=_checked(_from_hub(model_name, revision), model_name))
+    folder = _checked(_from_hub(model_name, revision), model_name, pickles_left=True)
+    return BaseSource(kind="hub", name=model_name, folder=folder)
 
 
-def _checked(folder: Path, model_name: str) -> Path:
+def _checked(folder: Path, model_name: str, *, pickles_left: bool = False) -> Path:
+    """With ``pickles_left`` no pickle file was downloaded, so that one may be what the weights are in."""
     if not (folder / "config.json").is_file():
         raise no_config(model_name, folder)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
@@ -63,6 +70,8 @@ def _checked(folder: Path, model_name: str) -> Path:
             key="model_name",
             hint="its weights are pickle files, which can run code: convert them to safetensors first"
             if pickled
+            else "its weights may be pickle files, which can run code: name a model that has safetensors"
+            if pickles_left
             else "a base model needs safetensors weights",
         )
     return folder
@@ -78,15 +87,37 @@ def no_config(model_name: str, folder: Path) -> ModelError:
 
 def _from_hub(model_name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        return Path(snapshot_download(model_name, revision=revision, allow_patterns=list(HUB_FILES)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        first = first_line(error)
-        raise ModelError(
-            f"{model_name} is neither a local folder nor to be had from the hub: {first}",
-            key="model_name",
-            hint="check the name and the network, or put in a local folder with --set model_name=FOLDER",
-        ) from error
+        return Path(
+            snapshot_download(
+                model_name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_COPIES)
+            )
+        )
+    except Exception as error:  # the network's errors are of several libraries' classes
+        raise from_hub_failed(model_name, error) from error
+
+
+def from_hub_failed(model_name: str, error: Exception) -> ModelError:
+    """The error for a model that the hub did not give."""
+    from huggingface_hub.errors import GatedRepoError
+
+    causes: list[BaseException | None] = [error]
+    while causes[-1] is not None and len(causes) < MOST_CAUSES:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    gated = any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error)
+    return ModelError(
+        f"{model_name} is neither a local folder nor to be had from the hub: {first_line(error)}",
+        key="model_name",
+        hint=f"accept its licence at https://huggingface.co/{model_name}, then `hf auth login`, or set HF_TOKEN"
+        if gated
+        else "check the name and the network and run it again, which keeps what is downloaded; or put in a local folder"
+        " with --set model_name=FOLDER",
+    )
+
+
+def revision_of(source: BaseSource, asked: str | None) -> str | None:
+    """The commit of a model of the hub, whose branch may be another one tomorrow; else what was asked for."""
+    commit = source.folder.name
+    return commit if source.kind == "hub" and _COMMIT.fullmatch(commit) else asked

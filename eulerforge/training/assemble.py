@@ -24,7 +24,7 @@ from eulerforge.models.load import load_model, load_tokenizer
 from eulerforge.models.processor import product_key
 from eulerforge.models.sizes import gib
 from eulerforge.models.soundness import refuse_ids_beyond
-from eulerforge.models.source import BaseSource, resolve_source
+from eulerforge.models.source import BaseSource, resolve_source, revision_of
 from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.estimated import Estimated, NoEstimate, from_config, from_model
@@ -139,6 +139,7 @@ def assemble(
         refuse_beyond_memory(rehearsed.parameter_count, device)
     source = resolve_source(config.model_name, revision=config.model.revision, say=say)
     found(source)
+    config = attrs.evolve(config, model=attrs.evolve(config.model, revision=revision_of(source, config.model.revision)))
     tokenizer: Any = None
     datasets: Datasets | None = None
     parity: Parity | None = None

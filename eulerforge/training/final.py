@@ -31,6 +31,22 @@ FULL_PATTERN = "model_with_adapters{suffix}.safetensors"
 MAX_SHARD = "5GB"
 
 
+WITHOUT_BASE = ", or --set checkpoint.include_base=false, which leaves the base's weights out"
+
+
+def refuse_no_room(out: Path, model: nn.Module, trained_names: tuple[str, ...], *, include_base: bool) -> None:
+    """Refuse a run whose ``final`` would not fit on the disk, before it trains; checkpoints need room beside it.
+
+    Raises:
+        RunError: with what is needed and what is free.
+    """
+    parameters = dict(model.named_parameters())
+    # without a state dict, which would take apart what the layers have laid out for their products
+    kept = [parameters[name] for name in trained_names] + (list(parameters.values()) if include_base else [])
+    with room_for(out / FOLDER, sum(tensor.nbytes for tensor in kept), hint=WITHOUT_BASE):
+        pass
+
+
 def save_final(
     out: Path,
     state: TrainState,
@@ -52,7 +68,7 @@ def save_final(
     # by address: tied weights are stored once
     stored = {str(tensor.data_ptr()): tensor for tensor in model.state_dict().values()} if include_base else {}
     with (
-        room_for(folder, tensor_bytes(adapter) + tensor_bytes(stored), hint=", or --set checkpoint.include_base=false"),
+        room_for(folder, tensor_bytes(adapter) + tensor_bytes(stored), hint=WITHOUT_BASE),
         staged_folder(folder, replace=True) as staging,
     ):
         write_tensors(staging / ADAPTER_FILE, adapter)

@@ -90,8 +90,9 @@ def train_loop(
             loss_sums.append(loss_sum.detach())
         # read once, so that a GPU's next micro-batch is queued while it computes one
         values = torch.stack(loss_sums).tolist()
-        loss = sum(value / label_tokens for value in values)
+        loss = 0.0
         for micro, value in enumerate(values):
+            loss += value / label_tokens
             if not math.isfinite(value):
                 fault, suspects = f"the loss of step {step + 1} is {value}", micro_batches[micro]
                 break

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tomli
-
 from eulerforge.config.atomic import fsync_path, put_back_replaced, remove_leftovers
 from eulerforge.errors import CheckpointError, RunError, UsageError
 from eulerforge.training.checkpoint import MANIFEST_FILE, delete_folder, latest_complete, read_state, verify
 from eulerforge.training.final import FOLDER as FINAL
+from eulerforge.training.metrics import read_metrics
 from eulerforge.training.receipt import FILE_NAME as RECEIPT_FILE
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def is_finished_and_whole(out: Path, say: Callable[[str], None], training: Train
         say(f"{error}; it will be written again")
         return False
     steps = training.max_train_steps
-    if not (_epochs_are_more(out, training) if steps is None else steps > final.step):
+    if not (_epochs_are_more(out, final.step, training.num_epochs or 1.0) if steps is None else steps > final.step):
         return True
     if latest_complete(out, say=say, run_id=final.run_id) is None:
         raise CheckpointError(
@@ -65,13 +64,10 @@ def is_finished_and_whole(out: Path, say: Callable[[str], None], training: Train
     return False
 
 
-def _epochs_are_more(out: Path, training: TrainingConfig) -> bool:
-    """Whether the preset counts epochs, and more of them than the run in the folder had."""
-    try:
-        had = tomli.loads((out / CONFIG_FILE).read_text(encoding="utf-8")).get("training", {})
-    except (OSError, ValueError):
-        return False
-    return "max_train_steps" not in had and (training.num_epochs or 1.0) > had.get("num_epochs", 1.0)
+def _epochs_are_more(out: Path, step: int, epochs: float) -> bool:
+    """Whether a run that ended at ``step`` has gone through its rows less often, as its metrics say."""
+    seen = [row["epoch"] for row in read_metrics(out) if row.get("step") == step and "epoch" in row]
+    return bool(seen) and epochs > seen[-1] + 1e-9
 
 
 def went_on_to(out: Path) -> Path | None:

@@ -27,7 +27,7 @@ from eulerforge.training.checkpoint import (
     save_checkpoint,
 )
 from eulerforge.training.debug import trainable_lines
-from eulerforge.training.final import save_final
+from eulerforge.training.final import refuse_no_room, save_final
 from eulerforge.training.identity import accept_changes, identity, shown, soft_changes
 from eulerforge.training.loop import train_loop, validate
 from eulerforge.training.memory import out_of_memory_advice
@@ -117,6 +117,8 @@ class _Session:
             raise as_stopped(error, f"at once, after step {self.state.step} of {self.total_steps}", hint) from None
 
     def _train(self, weights: dict[str, Any]) -> dict[str, Any]:
+        include_base = self.run.config.checkpoint.include_base
+        refuse_no_room(self.out, self.run.model, self.run.phases.trained_names, include_base=include_base)
         with self.stop:
             self._open_folder(weights)
             after = self._trained()
@@ -124,7 +126,6 @@ class _Session:
         self.run.norms.remove()
         summary = make_summary(self.run, self.state, after)
         write_json_atomic(self.out / outdir.SUMMARY_FILE, summary)
-        include_base = self.run.config.checkpoint.include_base
         # final is last: a folder that has it is a finished run
         save_final(
             self.out,
@@ -177,8 +178,15 @@ class _Session:
         if self.options.debug_names:
             self.say("\n".join(trainable_lines(self.run.model, self.run.phases)))
         rows = self.run.datasets.validation
-        if self.run.config.evaluation.samples and (rows is None or not len(rows)):
-            self.say("warning: evaluation.samples needs held-out rows, and data.validation holds none out")
+        if rows is None or not len(rows):
+            for key, value in (
+                ("training.val_steps", self.training.val_steps),
+                ("evaluation.samples", self.run.config.evaluation.samples),
+            ):
+                if value:
+                    self.say(
+                        f"warning: {key} does nothing without held-out rows; --set data.validation.size=50 keeps some"
+                    )
 
     def _open_folder(self, weights: dict[str, Any]) -> None:
         """Write the preset and the receipt, or check that they still hold and load the newest checkpoint."""

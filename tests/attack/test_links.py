@@ -148,6 +148,23 @@ def test_a_base_in_the_hub_s_cache_is_all_links_and_exported(prepared: Path, tmp
     assert not any(path.is_symlink() for path in (tmp_path / "run" / "merged").iterdir())
 
 
+def test_a_base_in_the_hub_s_cache_whose_blobs_are_shared_is_exported(prepared: Path, tmp_path: Path) -> None:
+    """huggingface_hub 2 keeps large files once for all models; the blobs of a model are links there."""
+    shared = tmp_path / "blobs" / "ab"
+    repository = tmp_path / "models--somebody--tiny"
+    base = repository / "snapshots" / "abc"
+    for folder in (shared, repository / "blobs", base):
+        folder.mkdir(parents=True)
+    (tmp_path / "blobs" / ".huggingface-shared-blobs").write_text("1")
+    for number, path in enumerate(sorted((prepared / "base").iterdir())):
+        (shared / f"{number}").write_bytes(path.read_bytes())
+        (repository / "blobs" / f"{number}").symlink_to(Path("..", "..", "blobs", "ab", f"{number}"))
+        (base / path.name).symlink_to(Path("..", "..", "blobs", f"{number}"))
+    assert main(words(prepared, tmp_path / "run", model_name=str(base), training__max_train_steps=1)) == 0
+    assert main(["merge", str(tmp_path / "run")]) == 0
+    assert not any(path.is_symlink() for path in (tmp_path / "run" / "merged").iterdir())
+
+
 def test_an_export_over_a_link_leaves_what_it_leads_to(prepared: Path, run: Path) -> None:
     assert main(["merge", str(run)]) == 0
     away = moved(run / "merged")

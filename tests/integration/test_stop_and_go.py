@@ -267,6 +267,16 @@ def test_more_epochs_make_a_finished_run_longer(
     capsys.readouterr()
     assert main([*words(straight, out, **epochs, training__num_epochs=1), "--resume"]) == 0
     assert "nothing is left to train" in capsys.readouterr().err
+    one = tmp_path / "final of one"
+    shutil.copytree(out / "final", one)
+    assert main([*words(straight, out, **epochs, training__num_epochs=2), "--resume"]) == 0
+    assert "nothing is left to train" not in capsys.readouterr().err
+    # as a kill right after the second command began leaves it: the new configuration, and no newer checkpoint
+    shutil.rmtree(out / "final")
+    shutil.copytree(one, out / "final")
+    for folder in out.glob("checkpoint-*"):
+        if read_state(folder).step > read_state(one).step:
+            shutil.rmtree(folder)
     assert main([*words(straight, out, **epochs, training__num_epochs=2), "--resume"]) == 0
     assert "nothing is left to train" not in capsys.readouterr().err
     assert (whole / "final/adapter.safetensors").read_bytes() == (out / "final/adapter.safetensors").read_bytes()

@@ -165,9 +165,10 @@ def test_samples_without_held_out_rows_are_warned_of_and_a_sample_shows_the_ques
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"evaluation__samples": 1, "evaluation__max_new_tokens": 2, "training__max_train_steps": 1}
-    assert main(words(prepared, tmp_path, **changes)) == 0
+    assert main(words(prepared, tmp_path, **changes, training__val_steps=5)) == 0
     captured = capsys.readouterr()
-    assert "warning: evaluation.samples needs held-out rows" in captured.err
+    assert "warning: training.val_steps does nothing without held-out rows" in captured.err
+    assert "warning: evaluation.samples does nothing without held-out rows" in captured.err
     assert "prompt:" not in captured.out
     changes |= {"data__validation__size": 3, "data__system_prompt": "Be kind.", "evaluation__prompts": ["Who?"]}
     assert main(words(prepared, tmp_path, "--overwrite", **changes)) == 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import typing
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal
 
@@ -35,6 +36,13 @@ class Settings:
     windows: list[Range] = attrs.field(factory=list)
     by_name: Mapping[str, Range] = attrs.field(factory=dict)
     colour: Colour = Colour.RED
+    shades: Literal[Colour.RED] = Colour.RED
+    bare: list = attrs.field(factory=list)  # type: ignore[type-arg]
+    old: typing.List = attrs.field(factory=list)  # type: ignore[type-arg]  # noqa: UP006
+    names: Sequence[str] = ()
+    unordered: frozenset[str] = frozenset()
+    by_number: dict[int, float] = attrs.field(factory=dict)
+    by_word: dict[Literal["q", "v"], int] = attrs.field(factory=dict)
 
 
 def read(**tree: Any) -> tuple[Any, list[tuple[str | None, str, str | None]]]:
@@ -60,6 +68,12 @@ def read(**tree: Any) -> tuple[Any, list[tuple[str | None, str, str | None]]]:
         ("windows", [{"low": 1}, {"low": 2, "high": 3}], [Range(1), Range(2, 3)]),
         ("by_name", {"a": {"low": 1}}, {"a": Range(1)}),
         ("colour", "red", Colour.RED),
+        ("shades", "red", Colour.RED),
+        ("bare", ["a", 1], ["a", 1]),
+        ("old", ["a", 1], ["a", 1]),
+        ("names", ["a", "b"], ("a", "b")),
+        ("unordered", ["a", "b"], frozenset({"a", "b"})),
+        ("by_word", {"q": 1}, {"q": 1}),
     ],
 )
 def test_what_is_meant_is_read(key: str, value: Any, becomes: Any) -> None:
@@ -86,6 +100,13 @@ def test_what_is_meant_is_read(key: str, value: Any, becomes: Any) -> None:
         ("window", 3, "window", "a table is wanted, not 3"),
         ("windows", [{"low": 1}, {"low": "x"}], "windows.1.low", "a whole number is wanted, not the text 'x'"),
         ("by_name", {"a": {"low": 1, "hihg": 2}}, "by_name", "Extra fields in constructor for Range: hihg"),
+        ("shades", "blue", "shades", "'blue' is not allowed"),
+        ("bare", "ab", "bare", "a list is wanted, not the text 'ab'"),
+        ("old", "ab", "old", "a list is wanted, not the text 'ab'"),
+        ("names", "ab", "names", "a list is wanted, not the text 'ab'"),
+        ("unordered", "ab", "unordered", "a list is wanted, not the text 'ab'"),
+        ("by_number", {"0": 1.0}, "by_number", "a whole number is wanted, not the text '0'"),
+        ("by_word", {"k": 1}, "by_word", "'k' is not allowed"),
         ("colour", "blue", "colour", "'blue' cannot be read as Colour: "),
     ],
 )

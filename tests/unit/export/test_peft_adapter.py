@@ -50,8 +50,9 @@ def test_the_config_states_the_commonest_rank_and_lists_the_others(make_run: Mak
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8.0)
     assert config["rank_pattern"] == {f"model.layers.{layer}.self_attn.q_proj": 2 for layer in range(3)}
-    assert config["alpha_pattern"] == {}
     assert len(config["target_modules"]) == 9
+    # a reader that knows one scaling for all, as vLLM does, computes the same
+    assert config["alpha_pattern"] == dict.fromkeys(config["rank_pattern"], 4.0)
 
 
 def test_an_adapter_cannot_hold_trained_base_tensors(make_run: MakeRun, tmp_path: Path) -> None:

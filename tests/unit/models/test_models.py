@@ -14,7 +14,7 @@ from eulerforge.errors import DeviceError, ModelError, PluginError, UsageError
 from eulerforge.lora.apply import apply_injection
 from eulerforge.models.device import pick_device, pick_dtype
 from eulerforge.models.load import load_model, load_tokenizer
-from eulerforge.models.source import resolve_source
+from eulerforge.models.source import BaseSource, resolve_source, revision_of
 from eulerforge.plugins import load_registry
 
 REGISTRY = load_registry()
@@ -163,3 +163,54 @@ def test_device_and_dtype_names() -> None:
         pick_device("meta")
     assert pick_dtype("bf16", torch.device("cpu")) is torch.bfloat16
     assert pick_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
+
+
+class TestHub:
+    """What the hub gives and does not give; the library that asks it is replaced."""
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    @pytest.fixture
+    def snapshot(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "models--somebody--tiny" / "snapshots" / self.COMMIT
+        folder.parent.mkdir(parents=True)
+        save_tiny(folder, "llama")
+        return folder
+
+    def ask(self, monkeypatch: pytest.MonkeyPatch, given: Path | Exception) -> BaseSource:
+        def download(*_: object, **__: object) -> str:
+            if isinstance(given, Exception):
+                raise given
+            return str(given)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        return resolve_source("somebody/tiny")
+
+    def test_a_run_names_the_commit_that_it_trained_on(self, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = self.ask(monkeypatch, snapshot)
+        assert source.kind == "hub"
+        assert revision_of(source, None) == revision_of(source, "main") == self.COMMIT
+        assert revision_of(BaseSource(kind="folder", name="x", folder=snapshot), "main") == "main"
+
+    def test_a_gated_model_says_where_its_licence_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        error = OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+        with pytest.raises(ModelError, match="gated repo") as failed:
+            self.ask(monkeypatch, error)
+        assert "https://huggingface.co/somebody/tiny" in str(failed.value.problems[0].hint)
+        assert "HF_TOKEN" in str(failed.value.problems[0].hint)
+
+    def test_whatever_the_network_raises_is_the_networks_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class ReadError(Exception):
+            """As of an HTTP library: no OSError."""
+
+        with pytest.raises(ModelError, match="to be had from the hub: peer closed") as failed:
+            self.ask(monkeypatch, ReadError("peer closed connection"))
+        assert "run it again" in str(failed.value.problems[0].hint)
+
+    def test_a_model_without_safetensors_may_have_pickles(
+        self, snapshot: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (snapshot / "model.safetensors").unlink()
+        with pytest.raises(ModelError, match=r"no model\.safetensors") as failed:
+            self.ask(monkeypatch, snapshot)
+        assert "pickle" in str(failed.value.problems[0].hint)

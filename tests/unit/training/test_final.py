@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from eulerforge.errors import RunError
+from eulerforge.training import checkpoint
 from eulerforge.training import final as room
 from eulerforge.training.checkpoint import TrainState, verify
-from eulerforge.training.final import save_final
+from eulerforge.training.final import refuse_no_room, save_final
 
 FULL = "model_with_adapters.safetensors"
 
@@ -81,3 +84,20 @@ def test_a_full_disk_names_the_way_out(make_run: Callable[..., Any], monkeypatch
         save(run)
     assert "checkpoint.include_base=false" in (failed.value.problems[0].hint or "")
     assert list(run.out.iterdir()) == []
+
+
+@pytest.mark.parametrize("include_base", [True, False])
+def test_a_final_that_will_not_fit_is_known_before_the_run_trains(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, include_base: bool
+) -> None:
+    run = make_run()
+    needed = sum(file.stat().st_size for file in save(run, include_base=include_base).glob("*.safetensors"))
+    for free, fits in ((needed + 2 * checkpoint.SLACK_BYTES, True), (needed - 4096, False)):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        ask = partial(refuse_no_room, run.out, run.model, run.phases.trained_names, include_base=include_base)
+        if fits:
+            ask()
+            continue
+        with pytest.raises(RunError, match="was not written") as failed:
+            ask()
+        assert "checkpoint.include_base=false" in str(failed.value.problems[0].hint)
