@@ -8,7 +8,7 @@ Notable: looked for in every row while it is tokenized, and kept with the cached
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import attrs
@@ -25,6 +25,8 @@ INNER_BOS = "a BOS inside of the row"
 WRITTEN = "a special token written out in a message"
 MORE_BOS = "more than one BOS token (as Llama 2's template writes them; most have one)"
 """Behind an EOS each: right for some families, so it is said and stops no run."""
+UNTRAINED = "earlier answers that are not trained, because the chat template shows them otherwise in what follows"
+"""As of reasoning models, whose prompt opens what is left out of all but the last answer: said, and stops no run."""
 STRAY = (DOUBLE_BOS, INNER_BOS, WRITTEN)
 SHOWN = 5
 Ids = np.ndarray[Any, Any]
@@ -64,6 +66,11 @@ class RowFindings:
             return
         if int(ids[np.flatnonzero(labelled)[-1]]) not in self._special:
             self._note(CUT, origin)
+
+    def untrained(self, chunk: RowChunk, rows: Iterable[int]) -> None:
+        """Note these rows of the chunk, whose earlier answers are not trained."""
+        for row in rows:
+            self._note(UNTRAINED, chunk.origins[row])
 
     def stray(self, chunk: RowChunk, written: Set[int]) -> None:
         """Note each row of the chunk with a special token out of place, once; in ``written`` a message holds one."""

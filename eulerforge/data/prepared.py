@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
+import numpy.typing as npt
 
 from eulerforge.config.cachedir import cache_root
 from eulerforge.data.cache import CacheEntry, EntryWriter, cache_key, tokenizer_sha256
@@ -22,7 +23,7 @@ from eulerforge.data.duplicates import count_repeated, overlap_error, row_hashes
 from eulerforge.data.files import DataFile, find_files
 from eulerforge.data.findings import RowFindings, findings_of
 from eulerforge.data.read import BadRows, read_rows
-from eulerforge.data.render import Rendered, Renderer
+from eulerforge.data.render import Rendered, Renderer, untrained
 from eulerforge.data.report import DataReport, PartReport
 from eulerforge.data.rows import ProcessedRow, Row, RowParser
 from eulerforge.data.split import split_rows
@@ -140,6 +141,11 @@ class _Preparation:
             collected = MemoryRows()
             facts = self._build(files, max_rows, collected)
             rows = collected.finish(names)
+        if self._renderer.plain_for_want and {"messages", "conversations"} & set(facts["kinds"]):
+            self.notes.append(
+                "the tokenizer has no chat template: turns are joined as plain text, which says of none who speaks;"
+                " train the -Instruct model, or data.template=none says that it is meant"
+            )
         report = PartReport(files=names, **{**facts, "findings": findings_of(facts["findings"], names)})
         if not len(rows):
             raise self._nothing_left(report, key)
@@ -182,11 +188,12 @@ class _Preparation:
     def _build(self, files: Sequence[DataFile], max_rows: int | None, out: MemoryRows | EntryWriter) -> dict[str, Any]:
         """Tokenize the files into ``out``, chunk by chunk; give back what became of the rows."""
         bad = BadRows()
+        self._parser.unread()  # those of another part are not ours
         kinds: Counter[str] = Counter()
         cutter = Cutter(max_length=self.config.max_length, drop_long=self.config.on_long == "drop")
         findings = RowFindings(self._tokenizer)
         parsed = islice(self._parsed(files, bad), max_rows)
-        for rows, chunk, stray in self._tokenized(parsed, bad):
+        for rows, chunk, stray, hidden in self._tokenized(parsed, bad):
             kinds.update([row.kind for _, row in rows])
             kept, used, cut = cutter.cut(chunk)
             ends = np.cumsum(kept.lengths)
@@ -195,12 +202,14 @@ class _Preparation:
                 part = slice(int(ends[place] - kept.lengths[place]), int(ends[place]))
                 origin = (int(kept.origins[place, 0]), int(kept.origins[place, 1]))
                 findings.ending(rows[int(used[place])][1], kept.tokens[part], kept.labelled[part], origin)
-            findings.stray(kept, set(np.flatnonzero(np.isin(used, sorted(stray))).tolist()) if stray else set())
+            findings.stray(kept, set(_places(used, stray)))
+            findings.untrained(kept, _places(used, hidden))
             out.add(kept)
         bad.raise_if_any()
         return {
             "rows_read": kinds.total(),
             "kinds": dict(kinds),
+            "unread": self._parser.unread(),
             **cutter.to_facts(),
             "findings": findings.to_facts(),
         }
@@ -214,8 +223,9 @@ class _Preparation:
 
     def _tokenized(
         self, parsed: Iterator[tuple[int, Row]], bad: BadRows
-    ) -> Iterator[tuple[list[tuple[int, Row]], RowChunk, set[int]]]:
-        """Chunks of rows, their tokens, and which of them hold stray special tokens; none once a row is bad.
+    ) -> Iterator[tuple[list[tuple[int, Row]], RowChunk, set[int], set[int]]]:
+        """Chunks of rows, their tokens, which of them hold stray special tokens, and which have answers that are not
+        trained; none once a row is bad.
 
         While the tokenizer works on one chunk, the next is parsed and rendered.
         """
@@ -232,7 +242,9 @@ class _Preparation:
                     before, rendered, encoded = waiting.popleft()
                     chunk = self._chunk(before, rendered, encoded.result(), bad)
                     if not bad.total:
-                        yield before, chunk, {place for place, one in enumerate(rendered) if one.stray}
+                        stray = {place for place, one in enumerate(rendered) if one.stray}
+                        pairs = enumerate(zip(before, rendered, strict=False))
+                        yield before, chunk, stray, {place for place, ((_, row), one) in pairs if untrained(row, one)}
                 elif not rows:
                     return
 
@@ -262,6 +274,12 @@ class _Preparation:
             hint="label what is to be trained (other than -100), or " * self._processed
             + f"raise data.max_length (now {self.config.max_length})",
         )
+
+
+def _places(used: npt.NDArray[np.int64], rows: set[int]) -> list[int]:
+    """Where these rows of a chunk stand among those in use."""
+    places: list[int] = np.flatnonzero(np.isin(used, sorted(rows))).tolist() if rows else []
+    return places
 
 
 def _of_ids(row: ProcessedRow) -> Tokens:

@@ -54,6 +54,7 @@ class Rendered:
 class Renderer:
     """Renders rows by the preset's template choice. Raises DataError when the choice cannot be met.
 
+    ``plain_for_want`` says that plain text is what is left without a template, not what was asked for.
     ``writes_the_day`` says that the template asks for the date, so that rows of another day are other rows; ``day`` is
     what it is told, ``data.date`` or today.
     """
@@ -67,6 +68,7 @@ class Renderer:
                 "the tokenizer has no chat template", key="data.template", hint="--set data.template=auto or none"
             )
         self.uses_template = has_template and config.template != "none"
+        self.plain_for_want = not has_template and config.template == "auto"
         self.writes_the_day = self.uses_template and "strftime_now" in str(tokenizer.chat_template)
         self.day = date.fromisoformat(config.date) if config.date else today()
         self._template = _clock(self.day) + tokenizer.get_chat_template() if self.writes_the_day else None
@@ -172,12 +174,15 @@ class Renderer:
     def _templated(self, messages: Sequence[Message]) -> tuple[str, tuple[tuple[int, int], ...]]:
         text = self._apply(messages)
         last = len(messages) - 1
+        last_answer = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=last)
         spans = []
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
             prompt = self._apply(messages[:index], generate=True)
             if not text.startswith(prompt):
+                if index < last_answer:
+                    continue  # shown otherwise once more turns follow, as reasoning is; ``untrained`` counts it
                 raise _NotAPrefixError(
                     f"the chat template renders turn {index + 1} differently from the prompt that asks for it: "
                     f"{_fork(prompt, text)}"
@@ -229,6 +234,11 @@ class Renderer:
 
     def _closed(self, text: str) -> str:
         return text if self._eos and text.endswith(self._eos) else text + self._eos
+
+
+def untrained(row: Row, rendered: Rendered) -> bool:
+    """Whether an answer of the row is not trained: its template shows it otherwise than where it asks for it."""
+    return isinstance(row, ChatRow) and len(rendered.spans) < sum(one.role == "assistant" for one in row.messages)
 
 
 def render_prompt(

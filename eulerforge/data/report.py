@@ -15,6 +15,7 @@ class PartReport:
     """The rows of one part, training or validation, after tokenizing.
 
     ``lost_tokens`` are those that were cut off or dropped; ``longest`` is the longest usable row before it was cut.
+    ``unread`` counts the rows that have a column which no kind of row reads.
     """
 
     files: tuple[str, ...]
@@ -25,6 +26,7 @@ class PartReport:
     lost_tokens: int
     longest: int
     findings: Mapping[str, Finding]
+    unread: dict[str, int]
 
     @property
     def rows_usable(self) -> int:
@@ -63,6 +65,9 @@ class DataReport:
         for part in self.parts:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in part.kinds.items())
             out.append(f"{', '.join(part.files)}: {part.rows_read:,} rows read ({kinds}), {part.rows_usable:,} usable")
+            if part.unread:
+                columns = ", ".join(f"{name} ({count:,} rows)" for name, count in part.unread.items())
+                out.append(f"  columns that are not read: {columns}")
             if part.truncated:
                 out.append(f"  {part.truncated:,} rows truncated to data.max_length = {self.max_length:,} tokens")
             out += [f"  {count:,} rows dropped: {reason}" for reason, count in part.dropped.items() if count]

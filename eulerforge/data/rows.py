@@ -7,6 +7,7 @@ ids. Kinds may be mixed in a file. ``data.schema`` maps our key to the file's co
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -28,8 +29,25 @@ _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
     "system": "system",
 }  # fmt: skip
+_NO_TOOLS = (
+    "tool definitions and calls are not trained: take it out, or render such rows yourself (data.format=processed)"
+)
+_MEANT_OF_TURNS = {
+    "tool_calls": _NO_TOOLS,
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        "reasoning is trained as a part of the content: put it there as the chat template writes it, or take it out",
+    ),
+}
+"""What a turn may hold beside its role and content, which would be lost without a word, and the way out."""
+_MEANT_OF_ROWS = {
+    "tools": _NO_TOOLS,
+    "system": 'make it the first turn, {"role": "system", "content": "..."}; one for all rows is data.system_prompt',
+    "history": "write all turns as messages",
+}
 IGNORED = -100
 _KINDS_KEPT = 256
+_UNREAD_SHOWN = 20
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -98,6 +116,7 @@ class RowParser:
     def __init__(self, schema: Mapping[str, str], *, processed: bool = False, vocabulary: int = 0) -> None:
         self._columns = {key: schema.get(key, key) for key in ROW_KEYS}
         self._kinds: dict[tuple[str, ...], str | None] = {}
+        self._seen: Counter[tuple[str, ...]] = Counter()
         self._processed = processed
         self._vocabulary = vocabulary
 
@@ -136,8 +155,13 @@ class RowParser:
         kind = self._kinds[names] if names in self._kinds else self._kind_of(names)
         if kind is None:
             raise self._no_kind(data)
+        if names in self._kinds:
+            self._seen[names] += 1
         if kind == "text":
             return TextRow(text=self._string(data, "text"), place=row.place, where=row.where)
+        for column, hint in _MEANT_OF_ROWS.items():
+            if data.get(column) and column not in self._read_of(kind):
+                raise _Bad("would be left out", column, hint)
         separator = "\n\n"
         if kind == "messages":
             messages = self._turns(data, "messages", "role", "content", {role: role for role in _ROLES})
@@ -155,6 +179,20 @@ class RowParser:
             prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
             messages = (Message("user", prompt), Message("assistant", self._string(data, "output")))
         return ChatRow(messages=messages, separator=separator, kind=kind, place=row.place, where=row.where)
+
+    def unread(self) -> dict[str, int]:
+        """Columns that no kind reads, and in how many rows since the last call."""
+        found: Counter[str] = Counter()
+        for names, rows in self._seen.items():
+            kind = self._kinds[names]
+            found.update({name: rows for name in names if kind is not None and name not in self._read_of(kind)})
+        self._seen.clear()
+        return dict(found.most_common(_UNREAD_SHOWN))
+
+    def _read_of(self, kind: str) -> set[str]:
+        """The columns that rows of a kind have."""
+        keys = dict(_KINDS)[kind]
+        return {self._columns[key] for key in (*keys, *(("input",) if kind == "instruction/output" else ()))}
 
     def _kind_of(self, names: Collection[str]) -> str | None:
         return next((kind for kind, keys in _KINDS if all(self._columns[key] in names for key in keys)), None)
@@ -189,6 +227,8 @@ class RowParser:
             if role not in roles:
                 raise _Bad(f"unknown role {role!r}", f"{place}.{self._columns[role_key]}", f"known: {', '.join(roles)}")
             role = roles[role]
+            if len(turn) > 2:
+                self._refuse_meant(turn, place)
             content = self._string(turn, content_key, prefix=f"{place}.", may_be_empty=role != "assistant")
             messages.append(Message(role, content))
         if all(message.role != "assistant" for message in messages):
@@ -196,6 +236,19 @@ class RowParser:
                 "there is no assistant turn, so nothing to learn", column, "delete the row, or give it an answer"
             )
         return tuple(messages)
+
+    def _refuse_meant(self, turn: Mapping[str, Any], place: str) -> None:
+        """Raise for what the turn's author meant to matter, and what would be lost."""
+        for name, hint in _MEANT_OF_TURNS.items():
+            if turn.get(name):
+                raise _Bad("would be left out", f"{place}.{name}", hint)
+        for name in ("weight", "train"):
+            if name in turn and not turn[name]:
+                raise _Bad(
+                    "says that this turn is not trained, and every answer is",
+                    f"{place}.{name}",
+                    "leave the turns before the answers out, or give token ids with labels (data.format=processed)",
+                )
 
     def _no_kind(self, data: Mapping[str, Any]) -> _Bad:
         """The most helpful thing to say of an object that is no row: the missing half, else all kinds."""

@@ -168,3 +168,19 @@ def test_more_rows_than_one_batch_of_the_tokenizer(write_rows: Write, chatml: An
         ids, labelled = data.train.row(index)
         assert chatml.decode(ids[labelled == 1].tolist()) == f"{index}<|im_end|>"
         assert data.train.origin(index) == (0, index + 1)
+
+
+def test_unread_columns_and_turns_without_a_template_are_said(
+    write_rows: Write, plain: Any, chatml: Any, data_config: Any
+) -> None:
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    path = write_rows([{"messages": turns, "source": "x"}, {"messages": turns}])
+    report = build_dataset(data_config(path=(path,)), plain).report
+    assert report.parts[0].unread == {"source": 1}
+    assert "  columns that are not read: source (1 rows)" in report.lines()
+    assert any("has no chat template" in note for note in report.notes)
+    meant = build_dataset(data_config(path=(path,), template="none"), plain)
+    assert not any("has no chat template" in note for note in meant.report.notes)
+    assert not any(
+        "has no chat template" in note for note in build_dataset(data_config(path=(path,)), chatml).report.notes
+    )

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from eulerforge.config.schema import DataConfig
+from eulerforge.data.findings import UNTRAINED
+from eulerforge.data.prepared import build_dataset
 from eulerforge.data.read import BadRows, SourceRow
 from eulerforge.data.render import Rendered, Renderer, render_prompt
 from eulerforge.data.rows import ChatRow, RowParser, TextRow
@@ -241,6 +243,29 @@ class TestTemplates:
             "Paris.<|im_end|>",
             "<think>\n\n</think>\n\none two\nthree  four<|im_end|>",
         ]
+
+    def test_an_earlier_answer_that_is_shown_otherwise_than_asked_for_is_not_trained(
+        self, with_template: Any, data_config: Any, write_rows: Any
+    ) -> None:
+        """As Qwen3.5's: the prompt opens the reasoning, of which nothing is left once more turns follow."""
+        opens = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+            "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+            "{{ m['content'] }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+        )
+        tokenizer = with_template(opens)
+        path = write_rows([{"messages": TALK}, {"messages": TALK[:2]}] * 3)
+        built = build_dataset(data_config(path=(path,)), tokenizer)
+        for index, answer in ((0, TALK[-1]["content"]), (1, TALK[1]["content"]), (4, TALK[-1]["content"])):
+            ids, labelled = built.train.row(index)
+            learnt = tokenizer.decode(ids[labelled == 1].tolist())
+            assert learnt == f"\n</think>\n\n{answer}<|im_end|>"
+            prompt = render_prompt(tokenizer, data_config(), {"messages": TALK if index % 2 == 0 else TALK[:2]})
+            assert ids[: len(prompt)].tolist() == prompt
+        found = built.report.parts[0].findings[UNTRAINED]
+        assert (found.count, found.first[0]) == (3, f"{path}:1")
+        assert any("earlier answers that are not trained" in line for line in built.report.lines())
 
     def test_a_template_whose_prompt_is_no_prefix_is_an_error(self, train: Train, with_template: Any) -> None:
         broken = (

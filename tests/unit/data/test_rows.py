@@ -68,6 +68,40 @@ def test_schema_maps_columns() -> None:
     assert row.messages == turns(("user", "q"), ("assistant", "a"))
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "tool_calls": None}]},
+        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 1}]},
+        {"prompt": "p", "response": "r", "system": "", "tools": [], "history": None},
+        {"text": "t", "system": "of a text row nobody speaks"},
+    ],
+)
+def test_what_is_empty_or_says_nothing_else_is_no_fault(data: dict[str, Any]) -> None:
+    row, bad = parse(data)
+    assert row is not None
+    assert not bad.problems
+
+
+def test_a_column_that_is_mapped_is_read() -> None:
+    row, _ = parse({"system": "q", "tools": "a"}, {"prompt": "system", "response": "tools"})
+    assert isinstance(row, ChatRow)
+    assert row.messages == turns(("user", "q"), ("assistant", "a"))
+
+
+def test_columns_that_nobody_reads_are_counted() -> None:
+    parser, bad = RowParser({"prompt": "question"}), BadRows()
+    for data in (
+        {"question": "q", "response": "a", "id": 1},
+        {"question": "q", "response": "a", "id": 2, "source": "x"},
+        {"instruction": "q", "input": "", "output": "a"},
+        {"text": "t", "input": "not of this kind"},
+    ):
+        assert parser.parse(SourceRow(data, 1, "f:1"), bad) is not None
+    assert parser.unread() == {"id": 2, "source": 1, "input": 1}
+    assert parser.unread() == {}
+
+
 def test_an_unknown_schema_key_is_refused() -> None:
     (problem,) = DataConfig(schema={"promt": "q"}).check()
     assert problem.key == "schema.promt"
@@ -75,6 +109,7 @@ def test_an_unknown_schema_key_is_refused() -> None:
 
 
 USER = {"role": "user", "content": "u"}
+ANSWER = {"role": "assistant", "content": "a"}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +138,13 @@ USER = {"role": "user", "content": "u"}
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content", "not null"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content", "is empty"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "unknown role 'robot'"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, "messages[1].tool_calls", "would be left out"),
+        ({"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}, "messages[1].reasoning_content", "left out"),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, "messages[1].weight", "is not trained"),
+        ({"messages": [USER, ANSWER | {"train": False}]}, "messages[1].train", "is not trained"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "tools", "would be left out"),
+        ({"prompt": "p", "response": "r", "system": "s"}, "system", "would be left out"),
+        ({"instruction": "p", "output": "r", "history": [["a", "b"]]}, "history", "would be left out"),
         ({"q": "a"}, None, "no known row kind; it has q"),
         ({}, None, "it has no keys"),
         ({"input_ids": [1], "labels": [1]}, "input_ids", "the row holds token ids"),
