@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def question_of(rows: TokenizedRows, index: int, config: DataConfig, tokenizer: Any) -> str | None:
-    """The last thing that the user says before the first answer of a row.
+    """The last thing that the user says before the first answer of a row that is trained.
 
     None for a row without turns, and where the prompt does not hold it: cut short, or the file has changed since.
     """
@@ -27,16 +27,18 @@ def question_of(rows: TokenizedRows, index: int, config: DataConfig, tokenizer: 
     for source in read_rows(file, bad):
         if source.place >= place:
             row = parser.parse(source, bad) if source.place == place else None
-            question = _before_first_answer(row) if isinstance(row, ChatRow) else ""
-            return question if question and question in prompt else None
+            return _asked(row, prompt) if isinstance(row, ChatRow) else None
     return None
 
 
-def _before_first_answer(row: ChatRow) -> str:
-    said = ""
+def _asked(row: ChatRow, prompt: str) -> str | None:
+    """What the prompt asks; answers that it holds itself are earlier ones, which are not trained."""
+    said, asked = "", None
     for message in row.messages:
-        if message.role == "assistant":
-            break
         if message.role == "user":
-            said = message.content
-    return said.strip()
+            said = message.content.strip()
+        elif message.role == "assistant":
+            asked = said if said and said in prompt else asked
+            if message.content.strip() not in prompt:
+                break
+    return asked

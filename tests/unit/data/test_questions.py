@@ -11,7 +11,8 @@ import tiny
 
 from eulerforge.config.schema import DataConfig
 from eulerforge.data.prepared import build_dataset
-from eulerforge.data.questions import question_of
+from eulerforge.data.questions import _asked, question_of
+from eulerforge.data.rows import ChatRow, Message
 
 TURNS = [
     {"role": "system", "content": "Be short."},
@@ -43,6 +44,16 @@ def test_every_kind(tmp_path: Path, suffix: str, template: str) -> None:
     found = [question_of(built, index, config, tiny.tiny_tokenizer()) for index in range(len(ROWS))]
     assert found == [question for _, question in ROWS]
     assert built.source(2) == (f"{path}:1[2]" if suffix == ".json" else f"{path}:3")
+
+
+def test_answers_in_the_prompt_are_earlier_ones() -> None:
+    """Of templates that show an earlier answer otherwise the last one alone is trained (``findings.UNTRAINED``)."""
+    said = ("Who builds?", "The builder.", "Why?", "Law.")
+    messages = tuple(Message(("user", "assistant")[at % 2], text) for at, text in enumerate(said))
+    row = ChatRow(messages=messages, separator="", kind="messages", place=1, where="f:1")
+    assert _asked(row, "user Who builds? assistant") == "Who builds?"
+    assert _asked(row, "user Who builds? assistant The builder. user Why? assistant") == "Why?"
+    assert _asked(row, "user What else? assistant") is None
 
 
 def test_a_file_that_has_changed_since_gives_nothing_wrong(tmp_path: Path) -> None:
