@@ -172,6 +172,18 @@ class Renderer:
         )
 
     def _templated(self, messages: Sequence[Message]) -> tuple[str, tuple[tuple[int, int], ...]]:
+        try:
+            return self._spans(messages)
+        except _NotAPrefixError:
+            # of a conversation that ends with a question no template shows the last answer as one that it asks for
+            answered = list(messages)
+            while answered and answered[-1].role != "assistant":
+                answered.pop()
+            if not answered or len(answered) == len(messages):
+                raise
+            return self._spans(answered)
+
+    def _spans(self, messages: Sequence[Message]) -> tuple[str, tuple[tuple[int, int], ...]]:
         text = self._apply(messages)
         last = len(messages) - 1
         last_answer = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=last)

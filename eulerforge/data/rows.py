@@ -33,7 +33,7 @@ _NO_TOOLS = (
     "tool definitions and calls are not trained: take it out, or render such rows yourself (data.format=processed)"
 )
 _MEANT_OF_TURNS = {
-    "tool_calls": _NO_TOOLS,
+    **dict.fromkeys(("tool_calls", "function_call", "function_calls", "functions"), _NO_TOOLS),
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking"),
         "reasoning is trained as a part of the content: put it there as the chat template writes it, or take it out",
@@ -42,9 +42,13 @@ _MEANT_OF_TURNS = {
 """What a turn may hold beside its role and content, which would be lost without a word, and the way out."""
 _MEANT_OF_ROWS = {
     "tools": _NO_TOOLS,
+    "functions": _NO_TOOLS,
     "system": 'make it the first turn, {"role": "system", "content": "..."}; one for all rows is data.system_prompt',
     "history": "write all turns as messages",
 }
+_MARKS = ("weight", "train", "training", "loss")
+"""With which other tools say of a turn whether it is trained."""
+_NOTHING = ("", "[]", "{}", "null")
 IGNORED = -100
 _KINDS_KEPT = 256
 _UNREAD_SHOWN = 20
@@ -117,6 +121,7 @@ class RowParser:
         self._columns = {key: schema.get(key, key) for key in ROW_KEYS}
         self._kinds: dict[tuple[str, ...], str | None] = {}
         self._seen: Counter[tuple[str, ...]] = Counter()
+        self._extra: Counter[str] = Counter()
         self._processed = processed
         self._vocabulary = vocabulary
 
@@ -160,7 +165,7 @@ class RowParser:
         if kind == "text":
             return TextRow(text=self._string(data, "text"), place=row.place, where=row.where)
         for column, hint in _MEANT_OF_ROWS.items():
-            if data.get(column) and column not in self._read_of(kind):
+            if _says_something(data.get(column)) and column not in self._read_of(kind):
                 raise _Bad("would be left out", column, hint)
         separator = "\n\n"
         if kind == "messages":
@@ -181,12 +186,14 @@ class RowParser:
         return ChatRow(messages=messages, separator=separator, kind=kind, place=row.place, where=row.where)
 
     def unread(self) -> dict[str, int]:
-        """Columns that no kind reads, and in how many rows since the last call."""
+        """Columns and keys of turns that no kind reads, and in how many rows since the last call."""
         found: Counter[str] = Counter()
         for names, rows in self._seen.items():
             kind = self._kinds[names]
             found.update({name: rows for name in names if kind is not None and name not in self._read_of(kind)})
+        found += self._extra
         self._seen.clear()
+        self._extra.clear()
         return dict(found.most_common(_UNREAD_SHOWN))
 
     def _read_of(self, kind: str) -> set[str]:
@@ -216,6 +223,7 @@ class RowParser:
         if not isinstance(turns, list):
             raise _Bad(f"must be an array of turns, not {json_type(turns)}", column)
         messages = []
+        extra: set[str] = set()
         for index, turn in enumerate(turns):
             place = f"{column}[{index}]"
             if not isinstance(turn, dict):
@@ -228,24 +236,27 @@ class RowParser:
                 raise _Bad(f"unknown role {role!r}", f"{place}.{self._columns[role_key]}", f"known: {', '.join(roles)}")
             role = roles[role]
             if len(turn) > 2:
-                self._refuse_meant(turn, place)
+                self._refuse_meant(turn, place, role)
+                more = turn.keys() - {self._columns[role_key], self._columns[content_key], *_MARKS, *_MEANT_OF_TURNS}
+                extra.update(f"{column}[].{name}" for name in more)
             content = self._string(turn, content_key, prefix=f"{place}.", may_be_empty=role != "assistant")
             messages.append(Message(role, content))
+        self._extra.update(extra)
         if all(message.role != "assistant" for message in messages):
             raise _Bad(
                 "there is no assistant turn, so nothing to learn", column, "delete the row, or give it an answer"
             )
         return tuple(messages)
 
-    def _refuse_meant(self, turn: Mapping[str, Any], place: str) -> None:
+    def _refuse_meant(self, turn: Mapping[str, Any], place: str, role: str) -> None:
         """Raise for what the turn's author meant to matter, and what would be lost."""
         for name, hint in _MEANT_OF_TURNS.items():
-            if turn.get(name):
+            if _says_something(turn.get(name)):
                 raise _Bad("would be left out", f"{place}.{name}", hint)
-        for name in ("weight", "train"):
-            if name in turn and not turn[name]:
+        for name in _MARKS if role == "assistant" else ():
+            if turn.get(name) not in (None, 1):
                 raise _Bad(
-                    "says that this turn is not trained, and every answer is",
+                    "says that this answer is not trained, or by another weight; every answer is, by the same",
                     f"{place}.{name}",
                     "leave the turns before the answers out, or give token ids with labels (data.format=processed)",
                 )
@@ -314,6 +325,11 @@ class RowParser:
         if mask != [1] * kept + [0] * (length - kept) or not kept:
             raise _Bad("must be ones, then zeros for padding at the end", column)
         return kept
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a column holds more than an empty value, or the text of one."""
+    return bool(value) and not (isinstance(value, str) and value.strip() in _NOTHING)
 
 
 def _names(names: Any) -> str:

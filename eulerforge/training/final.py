@@ -34,8 +34,12 @@ MAX_SHARD = "5GB"
 WITHOUT_BASE = ", or --set checkpoint.include_base=false, which leaves the base's weights out"
 
 
-def refuse_no_room(out: Path, model: nn.Module, trained_names: tuple[str, ...], *, include_base: bool) -> None:
+def refuse_no_room(
+    out: Path, model: nn.Module, trained_names: tuple[str, ...], *, include_base: bool, freed: int = 0
+) -> None:
     """Refuse a run whose ``final`` would not fit on the disk, before it trains; checkpoints need room beside it.
+
+    ``freed`` bytes are those that the run deletes first.
 
     Raises:
         RunError: with what is needed and what is free.
@@ -43,7 +47,7 @@ def refuse_no_room(out: Path, model: nn.Module, trained_names: tuple[str, ...], 
     parameters = dict(model.named_parameters())
     # without a state dict, which would take apart what the layers have laid out for their products
     kept = [parameters[name] for name in trained_names] + (list(parameters.values()) if include_base else [])
-    with room_for(out / FOLDER, sum(tensor.nbytes for tensor in kept), hint=WITHOUT_BASE):
+    with room_for(out / FOLDER, max(0, sum(tensor.nbytes for tensor in kept) - freed), hint=WITHOUT_BASE):
         pass
 
 

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import attrs
+import tomli
+
 from eulerforge.config.atomic import fsync_path, put_back_replaced, remove_leftovers
 from eulerforge.errors import CheckpointError, RunError, UsageError
 from eulerforge.training.checkpoint import MANIFEST_FILE, delete_folder, latest_complete, read_state, verify
@@ -18,7 +21,7 @@ from eulerforge.training.metrics import read_metrics
 from eulerforge.training.receipt import FILE_NAME as RECEIPT_FILE
 
 if TYPE_CHECKING:
-    from eulerforge.config.schema import TrainingConfig
+    from eulerforge.config.schema import RunConfig, TrainingConfig
 
 CONFIG_FILE = "resolved_config.toml"
 SUMMARY_FILE = "summary.json"
@@ -156,6 +159,24 @@ def locked(out: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def own_bytes(out: Path) -> int:
+    """What ``clear`` would free, at least."""
+    folders = [out / FINAL, *out.glob("checkpoint-*")]
+    return sum(file.lstat().st_size for folder in folders for file in folder.glob("*") if file.is_file())
+
+
+def with_recorded_revision(config: RunConfig, out: Path) -> RunConfig:
+    """With the commit that a run of the same model in ``out`` began with, where the preset names none."""
+    try:
+        began = tomli.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return config
+    recorded = began.get("model", {}).get("revision")
+    if recorded is None or config.model.revision is not None or began.get("model_name") != config.model_name:
+        return config
+    return attrs.evolve(config, model=attrs.evolve(config.model, revision=recorded))
 
 
 def clear(out: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 from eulerforge import __version__
 from eulerforge.config.atomic import sha256_of
 from eulerforge.models.device import DTYPE_NAMES
+from eulerforge.models.source import HUB_COPIES
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -35,6 +37,8 @@ def base_weights(folder: Path, *, hash_of: Callable[[Path], str] = sha256_of) ->
     files = {
         path.name: {"size": path.stat().st_size, "sha256": hash_of(path)}
         for path in sorted(folder.glob("*.safetensors"))
+        # a second form of the weights, which another tool may fetch into the hub's cache
+        if not any(fnmatch(path.name, copy) for copy in HUB_COPIES)
     }
     joined = "".join(f"{name}:{facts['sha256']}\n" for name, facts in files.items())
     return {"sha256": _text_hash(joined), "config_sha256": config_sha256(folder), "files": files}

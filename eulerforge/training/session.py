@@ -81,8 +81,10 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
                 outdir.refuse_base(out, source.folder)
                 hashing.begin(source.folder)
 
-            began = day_of(read_receipt(out)) if options.resume else None
-            run = assemble(loaded.run, registry, out=out, began=began, found=found, shortage=shortage, say=say)
+            began, config = None, loaded.run
+            if options.resume:
+                began, config = day_of(read_receipt(out)), outdir.with_recorded_revision(config, out)
+            run = assemble(config, registry, out=out, began=began, found=found, shortage=shortage, say=say)
             # with the day that its rows were rendered with
             loaded = attrs.evolve(loaded, run=run.config)
             return _Session(run, loaded, registry, options, hashing, say).train()
@@ -118,7 +120,9 @@ class _Session:
 
     def _train(self, weights: dict[str, Any]) -> dict[str, Any]:
         include_base = self.run.config.checkpoint.include_base
-        refuse_no_room(self.out, self.run.model, self.run.phases.trained_names, include_base=include_base)
+        freed = outdir.own_bytes(self.out) if self.options.overwrite else 0
+        names = self.run.phases.trained_names
+        refuse_no_room(self.out, self.run.model, names, include_base=include_base, freed=freed)
         with self.stop:
             self._open_folder(weights)
             after = self._trained()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -255,8 +256,10 @@ class TestTemplates:
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
         )
         tokenizer = with_template(opens)
-        path = write_rows([{"messages": TALK}, {"messages": TALK[:2]}] * 3)
+        path = write_rows([{"messages": TALK}, {"messages": TALK[:2]}] * 3 + [{"messages": [*TALK[:2], TALK[2]]}])
         built = build_dataset(data_config(path=(path,)), tokenizer)
+        # a row that ends with a question is trained up to its last answer
+        assert np.array_equal(built.train.row(6)[0], built.train.row(1)[0])
         for index, answer in ((0, TALK[-1]["content"]), (1, TALK[1]["content"]), (4, TALK[-1]["content"])):
             ids, labelled = built.train.row(index)
             learnt = tokenizer.decode(ids[labelled == 1].tolist())

@@ -73,7 +73,9 @@ def test_schema_maps_columns() -> None:
     [
         {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "tool_calls": None}]},
         {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 1}]},
-        {"prompt": "p", "response": "r", "system": "", "tools": [], "history": None},
+        {"messages": [{"role": "user", "content": "u", "weight": 0}, {"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": None}]},
+        {"prompt": "p", "response": "r", "system": "", "tools": "[]", "history": None},
         {"text": "t", "system": "of a text row nobody speaks"},
     ],
 )
@@ -98,7 +100,9 @@ def test_columns_that_nobody_reads_are_counted() -> None:
         {"text": "t", "input": "not of this kind"},
     ):
         assert parser.parse(SourceRow(data, 1, "f:1"), bad) is not None
-    assert parser.unread() == {"id": 2, "source": 1, "input": 1}
+    turns_of = [{"role": "user", "content": "u", "name": "x"}, {"role": "assistant", "content": "a", "name": "y"}]
+    assert parser.parse(SourceRow({"messages": turns_of}, 1, "f:1"), bad) is not None
+    assert parser.unread() == {"id": 2, "source": 1, "input": 1, "messages[].name": 1}
     assert parser.unread() == {}
 
 
@@ -140,7 +144,9 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "unknown role 'robot'"),
         ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, "messages[1].tool_calls", "would be left out"),
         ({"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}, "messages[1].reasoning_content", "left out"),
+        ({"messages": [USER, ANSWER | {"function_call": {"name": "f"}}]}, "messages[1].function_call", "left out"),
         ({"messages": [USER, ANSWER | {"weight": 0}]}, "messages[1].weight", "is not trained"),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "messages[1].weight", "by another weight"),
         ({"messages": [USER, ANSWER | {"train": False}]}, "messages[1].train", "is not trained"),
         ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "tools", "would be left out"),
         ({"prompt": "p", "response": "r", "system": "s"}, "system", "would be left out"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from eulerforge.config.schema import ModelConfig, RunConfig
 from eulerforge.errors import RunError, UsageError
 from eulerforge.training import outdir
 
@@ -101,3 +102,23 @@ def test_sweep_says_what_it_removes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert len(said) == 1
     assert ".staging-checkpoint-3-x" in said[0]
+
+
+def test_what_clearing_would_free_is_counted(tmp_path: Path) -> None:
+    out = run_in(tmp_path / "run", finished=True)
+    (out / outdir.FINAL / "adapter.safetensors").write_bytes(b"x" * 1000)
+    (out / "notes.txt").write_bytes(b"x" * 5000)
+    assert outdir.own_bytes(out) == 1000 + 2 * len("{}")
+    assert outdir.own_bytes(tmp_path / "absent") == 0
+
+
+def test_a_resumed_run_takes_the_commit_that_it_began_with(tmp_path: Path) -> None:
+    out = run_in(tmp_path / "run")
+    config = RunConfig(model_name="somebody/tiny")
+    assert outdir.with_recorded_revision(config, out) is config
+    (out / outdir.CONFIG_FILE).write_text('model_name = "somebody/tiny"\n[model]\nrevision = "abc"\n')
+    assert outdir.with_recorded_revision(config, out).model.revision == "abc"
+    other = RunConfig(model_name="somebody/else")
+    assert outdir.with_recorded_revision(other, out) is other
+    named = RunConfig(model_name="somebody/tiny", model=ModelConfig(revision="main"))
+    assert outdir.with_recorded_revision(named, out) is named

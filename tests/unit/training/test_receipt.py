@@ -51,6 +51,9 @@ def test_one_bit_of_the_weights_or_one_file_more_is_another_base(tmp_path: Path)
     (tmp_path / "README.md").write_text("not a weight")
     (tmp_path / "config.json").write_text("{}")
     first = base_weights(tmp_path)
+    # another tool may fetch a second form of the weights into the hub's cache
+    (tmp_path / "consolidated.safetensors").write_bytes(b"the same in another form")
+    assert base_weights(tmp_path) == first
     assert list(first["files"]) == ["a.safetensors"]
     (tmp_path / "a.safetensors").write_bytes(b"\x00\x00")
     second = base_weights(tmp_path)
