@@ -43,11 +43,12 @@ _MEANT_OF_TURNS = {
 _MEANT_OF_ROWS = {
     "tools": _NO_TOOLS,
     "functions": _NO_TOOLS,
-    "system": 'make it the first turn, {"role": "system", "content": "..."}; one for all rows is data.system_prompt',
     "history": "write all turns as messages",
 }
 _MARKS = ("weight", "train", "training", "loss")
 """With which other tools say of a turn whether it is trained."""
+_SYSTEM = "system"
+"""The column with a row's own system prompt."""
 _NOTHING = ("", "[]", "{}", "null")
 IGNORED = -100
 _KINDS_KEPT = 256
@@ -183,14 +184,27 @@ class RowParser:
             given = "" if data.get(self._columns["input"]) is None else self._string(data, "input", may_be_empty=True)
             prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
             messages = (Message("user", prompt), Message("assistant", self._string(data, "output")))
+        if _says_something(data.get(_SYSTEM)) and _SYSTEM not in self._read_of(kind):
+            messages = self._with_system(data[_SYSTEM], messages)
         return ChatRow(messages=messages, separator=separator, kind=kind, place=row.place, where=row.where)
+
+    @staticmethod
+    def _with_system(system: Any, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """The row's own system prompt in front, as instruction files and conversations have it in a column."""
+        if not isinstance(system, str):
+            raise _Bad(f"must be a string, not {json_type(system)}", _SYSTEM)
+        if messages[0].role == "system":
+            raise _Bad("there is a system turn too", _SYSTEM, "take one of them out")
+        return (Message("system", system), *messages)
 
     def unread(self) -> dict[str, int]:
         """Columns and keys of turns that no kind reads, and in how many rows since the last call."""
         found: Counter[str] = Counter()
         for names, rows in self._seen.items():
             kind = self._kinds[names]
-            found.update({name: rows for name in names if kind is not None and name not in self._read_of(kind)})
+            if kind is not None:
+                read = self._read_of(kind) | (set() if kind == "text" else {_SYSTEM})
+                found.update({name: rows for name in names if name not in read})
         found += self._extra
         self._seen.clear()
         self._extra.clear()

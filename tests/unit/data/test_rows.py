@@ -85,6 +85,22 @@ def test_what_is_empty_or_says_nothing_else_is_no_fault(data: dict[str, Any]) ->
     assert not bad.problems
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"prompt": "u", "response": "a"},
+        {"instruction": "u", "input": "", "output": "a"},
+        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+    ],
+)
+def test_a_system_column_is_the_first_turn(data: dict[str, Any]) -> None:
+    row, bad = parse({**data, "system": "be brief"})
+    assert not bad.problems
+    assert isinstance(row, ChatRow)
+    assert row.messages == turns(("system", "be brief"), ("user", "u"), ("assistant", "a"))
+
+
 def test_a_column_that_is_mapped_is_read() -> None:
     row, _ = parse({"system": "q", "tools": "a"}, {"prompt": "system", "response": "tools"})
     assert isinstance(row, ChatRow)
@@ -149,7 +165,8 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "messages[1].weight", "by another weight"),
         ({"messages": [USER, ANSWER | {"train": False}]}, "messages[1].train", "is not trained"),
         ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "tools", "would be left out"),
-        ({"prompt": "p", "response": "r", "system": "s"}, "system", "would be left out"),
+        ({"prompt": "p", "response": "r", "system": ["s"]}, "system", "must be a string, not an array"),
+        ({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"}, "system", "turn too"),
         ({"instruction": "p", "output": "r", "history": [["a", "b"]]}, "history", "would be left out"),
         ({"q": "a"}, None, "no known row kind; it has q"),
         ({}, None, "it has no keys"),
