@@ -113,7 +113,7 @@ def collate(rows: TokenizedRows, indices: Sequence[int], pad_id: int, device: to
         attention_mask=torch.from_numpy(attention_mask).to(device),
         labels=torch.from_numpy(labels).to(device),
         tokens=int(attention_mask.sum()),
-        label_tokens=int((labels != IGNORED).sum()),
+        label_tokens=len(next_label),
         label_at=label_at,
         next_labels=next_label,
     )

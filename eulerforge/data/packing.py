@@ -234,7 +234,7 @@ def pack(rows: TokenizedRows, lines: Lines, pad_id: int, device: torch.device | 
         attention_mask=None,
         labels=torch.from_numpy(labels).to(device),
         tokens=tokens,
-        label_tokens=int((labels != IGNORED).sum()),
+        label_tokens=len(next_label),
         position_ids=torch.from_numpy(position_ids).to(device),
         segments=segments,
         label_at=label_at,

@@ -116,7 +116,6 @@ class _Preparation:
                 " on which the run began, and data.date names one for other runs"
             )
         self._processed = config.format == "processed"
-        self._parser = RowParser(config.schema, processed=self._processed, vocabulary=len(tokenizer))
         self._tokenizer_hash = tokenizer_sha256(tokenizer) if config.cache else ""
 
     @property
@@ -188,11 +187,11 @@ class _Preparation:
     def _build(self, files: Sequence[DataFile], max_rows: int | None, out: MemoryRows | EntryWriter) -> dict[str, Any]:
         """Tokenize the files into ``out``, chunk by chunk; give back what became of the rows."""
         bad = BadRows()
-        self._parser.unread()  # those of another part are not ours
+        parser = RowParser(self.config.schema, processed=self._processed, vocabulary=len(self._tokenizer))
         kinds: Counter[str] = Counter()
         cutter = Cutter(max_length=self.config.max_length, drop_long=self.config.on_long == "drop")
         findings = RowFindings(self._tokenizer)
-        parsed = islice(self._parsed(files, bad), max_rows)
+        parsed = islice(_parsed(files, parser, bad), max_rows)
         for rows, chunk, stray, hidden in self._tokenized(parsed, bad):
             kinds.update([row.kind for _, row in rows])
             kept, used, cut = cutter.cut(chunk)
@@ -209,17 +208,10 @@ class _Preparation:
         return {
             "rows_read": kinds.total(),
             "kinds": dict(kinds),
-            "unread": self._parser.unread(),
+            "unread": parser.unread(),
             **cutter.to_facts(),
             "findings": findings.to_facts(),
         }
-
-    def _parsed(self, files: Sequence[DataFile], bad: BadRows) -> Iterator[tuple[int, Row]]:
-        for index, file in enumerate(files):
-            for source in read_rows(file, bad):
-                row = self._parser.parse(source, bad)
-                if row is not None:
-                    yield index, row
 
     def _tokenized(
         self, parsed: Iterator[tuple[int, Row]], bad: BadRows
@@ -274,6 +266,14 @@ class _Preparation:
             hint="label what is to be trained (other than -100), or " * self._processed
             + f"raise data.max_length (now {self.config.max_length})",
         )
+
+
+def _parsed(files: Sequence[DataFile], parser: RowParser, bad: BadRows) -> Iterator[tuple[int, Row]]:
+    for index, file in enumerate(files):
+        for source in read_rows(file, bad):
+            row = parser.parse(source, bad)
+            if row is not None:
+                yield index, row
 
 
 def _places(used: npt.NDArray[np.int64], rows: set[int]) -> list[int]:

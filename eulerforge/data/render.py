@@ -176,17 +176,15 @@ class Renderer:
             return self._spans(messages)
         except _NotAPrefixError:
             # of a conversation that ends with a question no template shows the last answer as one that it asks for
-            answered = list(messages)
-            while answered and answered[-1].role != "assistant":
-                answered.pop()
-            if not answered or len(answered) == len(messages):
+            answered = _until_last_answer(messages)
+            if len(answered) == len(messages):
                 raise
             return self._spans(answered)
 
     def _spans(self, messages: Sequence[Message]) -> tuple[str, tuple[tuple[int, int], ...]]:
         text = self._apply(messages)
         last = len(messages) - 1
-        last_answer = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=last)
+        last_answer = len(_until_last_answer(messages)) - 1
         spans = []
         for index, message in enumerate(messages):
             if message.role != "assistant":
@@ -246,6 +244,11 @@ class Renderer:
 
     def _closed(self, text: str) -> str:
         return text if self._eos and text.endswith(self._eos) else text + self._eos
+
+
+def _until_last_answer(messages: Sequence[Message]) -> Sequence[Message]:
+    """The turns up to the last answer; none where there is no answer."""
+    return messages[: max((at + 1 for at, one in enumerate(messages) if one.role == "assistant"), default=0)]
 
 
 def untrained(row: Row, rendered: Rendered) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from eulerforge.models.device import is_ampere_or_later
+
 ALIGNMENT = 16
 """Bytes to which torch wants every row aligned: a rank in bf16 should be a multiple of 8, else the loop is taken."""
 
@@ -43,7 +45,7 @@ def native(*operands: torch.Tensor) -> bool:
     if not hasattr(F, "grouped_mm") or any(operand.numel() == 0 for operand in operands):
         return False
     if device.type == "cuda":
-        known = dtype is torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+        known = dtype is torch.bfloat16 and is_ampere_or_later(device)
     else:
         known = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     strides = [stride for operand in operands for stride in operand.stride() if stride != 1]

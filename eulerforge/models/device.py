@@ -12,8 +12,6 @@ from eulerforge.models.processor import has_bf16_products, product_key, product_
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BF16_CAPABILITY = (8, 0)
-"""Of cards that multiply bf16 in hardware: Ampere and later."""
 PROBED = 192
 """Rows and columns of the product that is timed: a fast one takes 0.2 ms, a slow one some 20."""
 SLOW = 3
@@ -50,8 +48,13 @@ def pick_dtype(mode: str, device: torch.device) -> torch.dtype:
         return DTYPES[mode]
     if device.type == "cuda":
         # torch's own question is about the current device, which may be another one
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= BF16_CAPABILITY else torch.float32
+        return torch.bfloat16 if is_ampere_or_later(device) else torch.float32
     return torch.bfloat16 if has_bf16_products() else torch.float32
+
+
+def is_ampere_or_later(device: torch.device) -> bool:
+    """Whether a card multiplies bf16 in hardware and runs the kernels that ask for such a one."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def base_dtype(precision: LoadPrecision, device: torch.device) -> torch.dtype:

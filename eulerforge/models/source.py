@@ -103,10 +103,11 @@ def from_hub_failed(model_name: str, error: Exception) -> ModelError:
     """The error for a model that the hub did not give."""
     from huggingface_hub.errors import GatedRepoError
 
-    causes: list[BaseException | None] = [error]
-    while causes[-1] is not None and len(causes) < MOST_CAUSES:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    gated = any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error)
+    cause: BaseException | None = error
+    gated = "gated repo" in str(error)
+    for _ in range(MOST_CAUSES):
+        gated = gated or isinstance(cause, GatedRepoError)
+        cause = cause and (cause.__cause__ or cause.__context__)
     return ModelError(
         f"{model_name} is neither a local folder nor to be had from the hub: {first_line(error)}",
         key="model_name",

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from eulerforge.data.packing import Segments
 from eulerforge.errors import RunError
+from eulerforge.models.device import is_ampere_or_later
 from eulerforge.training import flex
 from eulerforge.training.document_products import causal_mask, document_products
 
@@ -203,7 +204,7 @@ def can_import(module: str, name: str | None = None) -> bool:
 @cache
 def _runs_flash_attention(device: torch.device) -> bool:
     """Both kernels are FlashAttention 2, which asks for compute capability 8.0."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_ampere_or_later(device)
 
 
 @cache

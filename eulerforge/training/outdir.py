@@ -163,8 +163,12 @@ def locked(out: Path) -> Iterator[None]:
 
 def own_bytes(out: Path) -> int:
     """What ``clear`` would free, at least."""
-    folders = [out / FINAL, *out.glob("checkpoint-*")]
-    return sum(file.lstat().st_size for folder in folders for file in folder.glob("*") if file.is_file())
+    return sum(file.lstat().st_size for folder in _own_folders(out) for file in folder.glob("*") if file.is_file())
+
+
+def _own_folders(out: Path) -> list[Path]:
+    """``final`` and the checkpoints that are complete; what has no manifest is not a run's."""
+    return [folder for folder in (out / FINAL, *out.glob("checkpoint-*")) if (folder / MANIFEST_FILE).exists()]
 
 
 def with_recorded_revision(config: RunConfig, out: Path) -> RunConfig:
@@ -181,9 +185,8 @@ def with_recorded_revision(config: RunConfig, out: Path) -> RunConfig:
 
 def clear(out: Path) -> None:
     """Delete what an earlier run wrote, and nothing else; the folder must be locked and ``is_used``."""
-    for folder in [out / FINAL, *out.glob("checkpoint-*")]:
-        if (folder / MANIFEST_FILE).exists():
-            delete_folder(folder)
+    for folder in _own_folders(out):
+        delete_folder(folder)
     for name in _OURS:
         (out / name).unlink(missing_ok=True)
     fsync_path(out)
