@@ -88,6 +88,8 @@ def train_loop(
                 loss_sum, _ = label_token_loss(model, batch)
             (loss_sum / label_tokens).backward()
             loss_sums.append(loss_sum.detach())
+            # its graph's nodes, small as they are, would lie between the free blocks that the next pass wants
+            del loss_sum
         # read once, so that a GPU's next micro-batch is queued while it computes one
         values = torch.stack(loss_sums).tolist()
         loss = 0.0
