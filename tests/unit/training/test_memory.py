@@ -179,16 +179,21 @@ def test_what_autograd_keeps_is_counted_once_and_without_parameters() -> None:
     assert kept.bytes == 256
 
 
-def test_the_gradients_of_a_step_are_gone_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_and_gradients_of_a_pass_are_gone_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from eulerforge.training import loop
 
+    nodes: list[weakref.ref[Any]] = []
     gradients: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
     real, total = loop.label_token_loss, torch.nn.utils.get_total_norm
 
     def forward(*arguments: Any) -> Any:
-        alive.append(sum(gradient() is not None for gradient in gradients))
-        return real(*arguments)
+        alive.append(sum(one() is not None for one in [*nodes, *gradients]))
+        loss, label_tokens = real(*arguments)
+        nodes.append(weakref.ref(loss.grad_fn))  # that of a Function in Python lives as long as the graph
+        return loss, label_tokens
 
     def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
         gradients.extend(weakref.ref(tensor) for tensor in tensors)
@@ -198,5 +203,6 @@ def test_the_gradients_of_a_step_are_gone_before_the_next(tmp_path: Path, monkey
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", norm)
     tinyrun.prepare(tmp_path)
     assert main(tinyrun.arguments(tmp_path)) == 0
+    assert nodes
     assert gradients
     assert alive == [0] * len(alive)
