@@ -26,14 +26,19 @@ class Event:
 
 
 class BlockRecord(TorchDispatchMode):
-    """Records while it is entered; ``known`` tensors (weights, inputs) were there before and are left out.
+    """Records while it is entered what is made on ``device``.
+
+    ``known`` tensors (weights, inputs) were there before and are left out.
 
     ``earlier`` is a record of the same computation: what it made and is still there is kept for good, such as a mask
     that is made once, and is left out too.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor], earlier: BlockRecord | None = None) -> None:
+    def __init__(
+        self, known: Iterable[torch.Tensor], device: torch.device, earlier: BlockRecord | None = None
+    ) -> None:
         super().__init__()
+        self._device = device.type
         self.events: list[Event] = []
         self.marks: dict[str, int] = {}
         self._made = 0
@@ -74,7 +79,7 @@ class BlockRecord(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live or key in self._known:
+        if key in self._live or key in self._known or tensor.device.type != self._device:
             return
         if key in self._before and self._before[key]() is storage:
             return

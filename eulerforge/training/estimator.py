@@ -225,6 +225,7 @@ class Estimator:
                         packed=self._packed,
                         takes_gradient=takes,
                         tokens=CHUNK if types[index] == "linear_attention" else TOKENS,
+                        offload=self.config.training.offload_activations,
                     )
                 found.append(self._recorded[kind])
             return found

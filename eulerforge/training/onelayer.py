@@ -8,7 +8,7 @@ Layers that are built alike are computed once.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -34,7 +34,7 @@ from eulerforge.training.layerblocks import (
     combined,
 )
 from eulerforge.training.norms import quicken_norms
-from eulerforge.training.recompute import SWITCH
+from eulerforge.training.recompute import SWITCH, Offload
 
 TOKENS = BLOCK // 2
 """A layer is computed on this many tokens and on twice as many: no more than one block of attention."""
@@ -50,13 +50,21 @@ def kind_of(layer: nn.Module, label: Hashable, *, takes_gradient: bool) -> Hasha
 
 
 def record_layer(
-    model: Any, index: int, *, device: torch.device, packed: bool, takes_gradient: bool, tokens: int = TOKENS
+    model: Any,
+    index: int,
+    *,
+    device: torch.device,
+    packed: bool,
+    takes_gradient: bool,
+    tokens: int = TOKENS,
+    offload: bool = False,
 ) -> LayerBlocks:
     """The blocks of decoder layer ``index`` of a model whose parameters may be on the meta device.
 
     Args:
         packed: rows are packed, and the model is isolated (``training/isolation.py``).
         takes_gradient: whether the states that the layer is given want a gradient, as above the first trained layer.
+        offload: whether what the layer keeps for its backward pass leaves the device.
     """
     decoder = model.get_decoder()
     was_training, real = model.training, list(decoder.layers)
@@ -72,7 +80,7 @@ def record_layer(
             # the first passes lay weights out anew and make what is made once
             for count in (tokens, 2 * tokens, tokens, 2 * tokens):
                 with fresh_rooms() as kept, none_kept():
-                    records.append(_one_pass(model, watched, count, device, packed, kept))
+                    records.append(_one_pass(model, watched, count, device, packed, kept, offload))
                 _forget_gradients(real[index])
             after = _storages(real[index])
             moved = [name for name, (place, _) in after.items() if place != before[name][0]]
@@ -108,6 +116,7 @@ def _one_pass(
     device: torch.device,
     packed: bool,
     rooms: Mapping[Any, torch.Tensor],
+    offload: bool,
 ) -> LayerRecord:
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     batch = Batch(
@@ -120,9 +129,12 @@ def _one_pass(
         segments=Segments(lengths=(tokens,), shape=(1, tokens), device=device) if packed else None,
     )
     known = [*model.parameters(), *model.buffers(), *watched.layer.parameters(), *watched.layer.buffers(), ids]
-    with BlockRecord(known, watched.record) as record:
+    # of so few tokens every tensor is small; in the run all but the smallest are worth the way
+    away = Offload(known, least=1).hooks() if offload else nullcontext()
+    with BlockRecord(known, device, watched.record) as record:
         watched.record, watched.named = record, {}
-        states = hidden_states(model, batch)
+        with away:
+            states = hidden_states(model, batch)
         record.mark("loss")
         if states.requires_grad:
             states.backward(torch.ones_like(states))

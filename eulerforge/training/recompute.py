@@ -8,7 +8,7 @@ nothing anyway: nothing there wants a gradient, so autograd never sees them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -37,7 +37,7 @@ class Kept:
 
     def forward(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The context that a training forward pass runs in."""
-        return Offload(model).hooks() if self.offload else nullcontext()
+        return Offload(model.parameters()).hooks() if self.offload else nullcontext()
 
 
 def recompute_layers(model: Any, layers: list[nn.Module], every: int) -> None:
@@ -101,10 +101,15 @@ class Offload:
     """Saved tensors in the main memory; the weights, which are there anyway, and small tensors stay where they are.
 
     What several functions save (q and v the same input) is copied once.
+
+    Args:
+        weights: what stays where it is.
+        least: bytes from which on a tensor is worth the way; None: ``OFFLOADED_BYTES``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    def __init__(self, weights: Iterable[torch.Tensor], least: int | None = None) -> None:
+        self._weights = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        self._least = OFFLOADED_BYTES if least is None else least
         self._copies: dict[tuple[Any, ...], tuple[weakref.ref[Any], weakref.ref[_Copied]]] = {}
 
     def hooks(self) -> AbstractContextManager[Any]:
@@ -112,7 +117,7 @@ class Offload:
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         size = tensor.numel() * tensor.element_size()
-        if size < OFFLOADED_BYTES or tensor.untyped_storage().data_ptr() in self._weights:
+        if size < self._least or tensor.untyped_storage().data_ptr() in self._weights:
             return tensor
         storage = tensor.untyped_storage()
         key = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)

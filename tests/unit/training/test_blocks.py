@@ -10,7 +10,7 @@ from eulerforge.training.blocks import BlockRecord, Event, Size, Step, fitted
 
 def test_blocks_are_seen_where_they_are_made_and_freed() -> None:
     x = torch.ones(4, 8)
-    with BlockRecord([x]) as record:
+    with BlockRecord([x], torch.device("cpu")) as record:
         y = x * 2
         view = y[1:].t()
         del y
@@ -30,7 +30,7 @@ def test_blocks_are_seen_where_they_are_made_and_freed() -> None:
 def test_a_backward_pass_is_seen_and_so_is_what_it_leaves() -> None:
     weight = torch.ones(3, 5, requires_grad=True)
     x = torch.ones(2, 5)
-    with BlockRecord([weight, x]) as record:
+    with BlockRecord([weight, x], torch.device("cpu")) as record:
         (x @ weight.T).square().sum().backward()
     live = {event.block: event.size for event in record.events if event.size is not None}
     for event in record.events:

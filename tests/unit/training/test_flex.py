@@ -243,7 +243,7 @@ def test_which_kernel_on_cuda(
 
 def test_the_estimate_of_memory_may_be_the_first_to_ask(counter: CompileCounterWithBackend) -> None:
     """It records what a layer makes in a dispatch mode, in which torch compiles nothing unless the mode lets it."""
-    with BlockRecord([]) as record:
+    with BlockRecord([], torch.device("cpu")) as record:
         assert flex.refusal(CPU, torch.float32, (4, 2, 16)) == ""
     assert counter.frame_count > 0
     assert record.events

@@ -18,8 +18,9 @@ from eulerforge.training.forward import hidden_states
 from eulerforge.training.layerblocks import OWN
 from eulerforge.training.memory import KeptForBackward
 from eulerforge.training.onelayer import CHUNK, TOKENS, record_layer
-from eulerforge.training.peak import MicroBatch, level_above
+from eulerforge.training.peak import LossBlocks, MicroBatch, level_above, step_peak
 from eulerforge.training.phases import enter_phase
+from eulerforge.training.recompute import Offload, _Copied
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "gemma3", "mixtral", "qwen3_5")
@@ -141,6 +142,32 @@ def test_a_layer_that_is_computed_again_keeps_its_input_alone(tmp_path: Path) ->
     plain = prepared_run(tmp_path / "plain", "llama")
     whole = record_layer(plain.model, 1, device=CPU, packed=True, takes_gradient=True)
     assert whole.kept(size.tokens, size.square) == 128 * 1496
+
+
+def test_what_leaves_the_device_is_not_counted_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU nothing leaves, so copies go to the meta device, which takes no memory."""
+    real = Offload._pack
+
+    def away(self: Offload, tensor: torch.Tensor) -> Any:
+        packed = real(self, tensor)
+        return packed if isinstance(packed, torch.Tensor) else _Copied(tensor.device, packed.copy.to("meta"))
+
+    monkeypatch.setattr(Offload, "_pack", away)
+    back = staticmethod(lambda packed: torch.zeros(packed.copy.shape) if isinstance(packed, _Copied) else packed)
+    monkeypatch.setattr(Offload, "_unpack", back)
+    run = prepared_run(tmp_path, "llama")
+    stays, leaves = (
+        record_layer(run.model, 1, device=CPU, packed=True, takes_gradient=True, offload=offload)
+        for offload in (False, True)
+    )
+    size = MicroBatch.of_rows(1, 128, packed=True)
+    assert leaves.kept(size.tokens, size.square) < 0.02 * stays.kept(size.tokens, size.square)
+    loss = LossBlocks(room=0, work=0)
+    few, many = (step_peak([leaves] * count, size, loss, accumulates=True) for count in (2, 20))
+    # the workspace brings back what one layer needs, however many there are
+    assert few.activations + few.workspace == many.activations + many.workspace
+    whole = step_peak([stays] * 2, size, loss, accumulates=True)
+    assert few.workspace >= whole.workspace
 
 
 def test_layers_that_do_other_operations_for_more_tokens_are_summed(tmp_path: Path) -> None:
