@@ -34,9 +34,7 @@ class BlockRecord(TorchDispatchMode):
     that is made once, and is left out too.
     """
 
-    def __init__(
-        self, known: Iterable[torch.Tensor], device: torch.device, earlier: BlockRecord | None = None
-    ) -> None:
+    def __init__(self, known: Iterable[torch.Tensor], device: torch.device, earlier: BlockRecord | None = None) -> None:
         super().__init__()
         self._device = device.type
         self.events: list[Event] = []
