@@ -148,7 +148,7 @@ class TrainingConfig:
     betas: tuple[float, ...] = setting((0.9, 0.999), help="AdamW's two decay rates")
     eps: float = setting(1e-8, gt=0, help="AdamW's epsilon")
     scheduler: str = setting("cosine", choices=("cosine", "linear", "constant"), help="Learning rate after the warm-up")
-    min_lr_ratio: float = setting(0.0, ge=0, le=1, help="The last learning rate as a share of lr")
+    min_lr_ratio: float = setting(0.0, ge=0, le=1, help="Where cosine and linear end, as a share of lr")
     warmup_steps: int = setting(0, ge=0, help="Steps of linear warm-up")
     max_train_steps: int | None = setting(None, ge=1, help="Optimizer steps to train")
     num_epochs: float | None = setting(None, gt=0, help="Passes over the rows to train, instead of max_train_steps")

@@ -42,7 +42,7 @@ def keep_mask(shape: torch.Size, probability: float, seed: int, device: torch.de
     low, share_of_high = divmod(_level(probability), _LEVELS // _BYTE)
     high_N = generator_64.random_raw(-(-rows // 4)).view(np.uint16)[:rows] < share_of_high
     threshold_N1 = (high_N + low).astype(np.uint8)[:, None]
-    random_NC = generator_64.random_raw(-(-count // 8)).view(np.uint8)[:count].reshape(rows, -1)
+    random_NC = generator_64.random_raw(-(-count // 8)).view(np.uint8)[:count].reshape(shape)
     return torch.from_numpy(random_NC >= threshold_N1).view(shape)
 
 

@@ -158,16 +158,17 @@ def _tensors(path: ExpertsPath | None) -> tuple[torch.Tensor | None, torch.Tenso
 
 
 class _Low:
-    """One path in its compute dtype; ``scaling`` is in ``B_EOR``.
+    """One path in its compute dtype; ``scaling`` is in ``B_EOR``, and what dropout leaves is made up for in ``A_ERI``:
+    in half precision the mask could not carry it.
 
     On the CPU that is fp32: the thin products cost little, and oneDNN would build and keep a bf16 kernel for every
     number of rows that an expert ever gets.
     """
 
-    def __init__(self, A: torch.Tensor, B: torch.Tensor, scaling: float, dtype: torch.dtype) -> None:
-        self.scaling = scaling
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, scaling: float, keep: float, dtype: torch.dtype) -> None:
+        self.scaling, self.keep = scaling, keep
         self.dtype = torch.promote_types(dtype, torch.float32) if A.device.type == "cpu" else dtype
-        self.A_ERI, self.B_EOR = A.to(self.dtype), (B * scaling).to(self.dtype)
+        self.A_ERI, self.B_EOR = (A / keep).to(self.dtype), (B * scaling).to(self.dtype)
 
     def forward(self, x_SI: torch.Tensor, ends_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The low-rank values (S, r) and the path's output (S, out)."""
@@ -176,11 +177,11 @@ class _Low:
 
 
 def _mask(seed: int | None, which: int, like: torch.Tensor, dropout: float) -> torch.Tensor | None:
-    """The dropout mask of path ``which`` (0 or 1), scaled; the same in forward and backward because of its seed."""
+    """The dropout mask of path ``which`` (0 or 1), 0 or 1; the same in forward and backward because of its seed."""
     if seed is None:
         return None
     generator = torch.Generator(like.device).manual_seed(seed + which)
-    return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+    return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator)
 
 
 def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -200,7 +201,7 @@ class _Dispatch(torch.autograd.Function):
         seed: int | None,
         *adapters: torch.Tensor | None,
     ) -> torch.Tensor:
-        base, (up, down) = layer.base_layer, _lows(layer, adapters, x_NH.dtype)
+        base, (up, down) = layer.base_layer, _lows(layer, adapters, seed, x_NH.dtype)
         experts_S, order_S = torch.sort(index_NK.reshape(-1))
         ends_E = group_ends(experts_S, layer.num_experts)
         x_SH = x_NH[order_S // index_NK.shape[1]]
@@ -224,7 +225,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer, seed = ctx.layer, ctx.seed
         x_NH, weights_NK, order_S, ends_E, gate_up_SI, low_up_SR, low_down_SR, *adapters = ctx.saved_tensors
-        base, (up, down) = layer.base_layer, _lows(layer, adapters, x_NH.dtype)
+        base, (up, down) = layer.base_layer, _lows(layer, adapters, seed, x_NH.dtype)
         rows_S = order_S // weights_NK.shape[1]
         w_S1 = weights_NK.reshape(-1)[order_S, None]
         grads: list[torch.Tensor | None] = [None, None, None, None]
@@ -242,7 +243,7 @@ class _Dispatch(torch.autograd.Function):
             u_SR = grouped_product(wide_SH, down.B_EOR, ends_E)
             t_SJ += _dropped(grouped_product(u_SR, down.A_ERI, ends_E), mask)
             dropped_SJ = _dropped(h_SJ, mask).to(down.dtype)
-            grads[2] = grouped_outer((u_SR * w_S1).to(down.dtype), dropped_SJ, ends_E).float()
+            grads[2] = grouped_outer((u_SR * w_S1).to(down.dtype), dropped_SJ, ends_E).float() / down.keep
             weighted_SR = (low_down_SR * (w_S1 * down.scaling)).to(down.dtype)
             grads[3] = grouped_outer(wide_SH, weighted_SR, ends_E).float()
             del wide_SH, dropped_SJ
@@ -260,7 +261,7 @@ class _Dispatch(torch.autograd.Function):
             grads[1] = grouped_outer(wide_SI, low_up_SR * up.scaling, ends_E).float()
             x_SH = x_NH[rows_S]
             mask = _mask(seed, 0, x_SH, layer.dropout)
-            grads[0] = grouped_outer(u_SR, _dropped(x_SH, mask).to(up.dtype), ends_E).float()
+            grads[0] = grouped_outer(u_SR, _dropped(x_SH, mask).to(up.dtype), ends_E).float() / up.keep
             del x_SH, wide_SI
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -271,9 +272,12 @@ class _Dispatch(torch.autograd.Function):
         return (grad_x, grad_weights, None, None, None, *grads)
 
 
-def _lows(layer: LoRAExperts, adapters: Sequence[torch.Tensor | None], dtype: torch.dtype) -> list[_Low | None]:
+def _lows(
+    layer: LoRAExperts, adapters: Sequence[torch.Tensor | None], seed: int | None, dtype: torch.dtype
+) -> list[_Low | None]:
     pairs = ((adapters[0], adapters[1]), (adapters[2], adapters[3]))
-    return [None if A is None or B is None else _Low(A, B, layer.scaling, dtype) for A, B in pairs]
+    keep = 1.0 if seed is None else 1.0 - layer.dropout
+    return [None if A is None or B is None else _Low(A, B, layer.scaling, keep, dtype) for A, B in pairs]
 
 
 def _sum_over_experts(rows_SH: torch.Tensor, order_S: torch.Tensor, shape: torch.Size) -> torch.Tensor:

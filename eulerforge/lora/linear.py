@@ -96,9 +96,10 @@ class LoRALinear(AdaptedLinear):
         joined, weight = self._joined, self.weight
         # whoever moved or replaced the weight since is right: the view is made anew
         if joined is None or joined.data_ptr() != weight.data_ptr() or joined.stride() != weight.stride():
-            joined = aligned_empty(self.out_features, self.in_features + self.r, weight)
-            joined[:, : self.in_features].copy_(weight.detach())
-            weight.data = joined[:, : self.in_features]
+            with torch.inference_mode(False):  # what is made in that mode could not be written to in training
+                joined = aligned_empty(self.out_features, self.in_features + self.r, weight)
+                joined[:, : self.in_features].copy_(weight.detach())
+                weight.data = joined[:, : self.in_features]
             self._joined = joined
         return joined
 

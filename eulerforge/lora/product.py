@@ -82,7 +82,9 @@ class _Product(torch.autograd.Function):
             # a copy of x costs a hundredth of the product
             joined_NIR = _aligned_room("joined", len(x_NI), weight_OIR.shape[1], x_NI)
             y_NO = F.linear(torch.cat([x_NI, low_NR], dim=1, out=joined_NIR), weight_OIR, bias_O)
-        return y_NO.view(*x.shape[:-1], len(B_OR))
+        # a view made in here could not be changed in place, as a linear layer's result can
+        y: torch.Tensor = torch.ops.aten._unsafe_view(y_NO, (*x.shape[:-1], len(B_OR)))
+        return y
 
     @staticmethod
     @once_differentiable

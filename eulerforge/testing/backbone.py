@@ -10,6 +10,7 @@ from eulerforge.testing import behaviour
 from eulerforge.testing.fault import Nonconforming, blamed, listed, require
 from eulerforge.testing.places import PlacesConformance
 from eulerforge.testing.probe import inject, keywords_of
+from eulerforge.training.headcheck import check_head
 from eulerforge.training.isolation import isolate, prove
 
 
@@ -109,6 +110,11 @@ class BackboneConformance(PlacesConformance):
             raise Nonconforming(
                 "the spec says isolation = 'gather', but find_sequence_mixers names no module: say 'attention'"
             )
+
+    def test_the_logits_are_the_head_s(self, model_type: str) -> None:
+        """The loss takes the head's product with the last states for the logits."""
+        with blamed("the model's forward pass", "a model that scales its logits cannot be trained"):
+            require(check_head(self.make(model_type)) is None, "its logits cannot be computed", "see its forward pass")
 
     def test_every_place_with_a_role_is_adapted(self, model_type: str) -> None:
         """Every place that has a role can be reached by a keyword."""

@@ -28,6 +28,7 @@ from eulerforge.models.source import BaseSource, resolve_source, revision_of
 from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.estimated import Estimated, NoEstimate, from_config, from_model
+from eulerforge.training.headcheck import check_head
 from eulerforge.training.isolation import Isolation
 from eulerforge.training.layouts import plan_layout
 from eulerforge.training.limits import Room
@@ -173,10 +174,14 @@ def assemble(
     if loaded.dtype == torch.float16:
         key = product_key(config.model.load_precision)
         warnings.append(f"fp16 gradients can underflow in the base; bf16 or fp32 are safer ({key})")
+    if getattr(loaded.model.config.get_text_config(), "output_router_logits", False):
+        warnings.append("config.json asks for the routers' load-balancing loss (output_router_logits): it is not added")
     if slow := slow_products(config.model.load_precision, device):
         warnings.append(slow)
     layout, isolation = plan_layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)
     say(isolation.line(layout.packing))
+    if unchecked := check_head(loaded.model):
+        warnings.append(unchecked)
     norms = quicken_norms(loaded.model)
     say(norms.line())
     layers = list(injected.adapter.find_transformer_layers(loaded.model))

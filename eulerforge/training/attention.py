@@ -44,6 +44,10 @@ def register() -> str:
     return NAME
 
 
+_CHANGES_SCORES = ("s_aux", "position_bias")
+"""What some families hand to their attention besides: sinks, a bias by distance."""
+
+
 def no_mask(device: torch.device | str) -> torch.Tensor:
     """What a packed call gives as attention_mask.
 
@@ -70,13 +74,18 @@ def documents_attention(
 
     Raises:
         RunError: the batch is packed, but the model's code did not hand ``segments`` on to its attention.
+        ValueError: no kernel for packed rows computes this attention.
     """
+    if changed := sorted(name for name in _CHANGES_SCORES if kwargs.get(name) is not None):
+        raise ValueError(f"attention with {', '.join(changed)} is not computed")
     if segments is None:
         _refuse_no_mask(module, attention_mask)
         return _sdpa()(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window,
             softcap=softcap, **kwargs,
         )  # fmt: skip
+    if value.shape[-1] != query.shape[-1]:
+        raise ValueError(f"attention with values {value.shape[-1]} wide and queries {query.shape[-1]} is not computed")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < segments.longest else None
     q_NQD, k_NKD, v_NKD = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))

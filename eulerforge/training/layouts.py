@@ -40,7 +40,8 @@ def plan_layout(
     """
     isolation, by_length = Isolation(), False
     if config.data.packing != "off":
-        isolation = _isolation(config, registry, model, injected, device)
+        moving = rope_by_length(model.config, config.data.max_length)
+        isolation = Isolation(reason=moving) if moving else _isolation(config, registry, model, injected, device)
         if isolation.possible:
             isolation = attrs.evolve(isolation, leak=prove(model)) if proven else isolation
             by_length = isolation.pads
@@ -53,6 +54,25 @@ def plan_layout(
         by_length=by_length,
     )
     return layout, isolation
+
+
+def rope_by_length(config: Any, longest: int) -> str:
+    """Why rows of up to ``longest`` tokens are not packed: rotary frequencies that follow the longest row of a call.
+
+    transformers' ``dynamic`` and ``longrope`` change them for the whole call beyond the length of pre-training, so a
+    short document beside a long one is computed otherwise than alone, padded or packed. Empty where that cannot be.
+    """
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    for one in [parameters] if "rope_type" in parameters else parameters.values():
+        kind = one.get("rope_type")
+        border = one.get("original_max_position_embeddings") or text.max_position_embeddings
+        if kind in ("dynamic", "longrope") and longest > border:
+            return (
+                f"its rotary embedding ({kind}) follows the longest row of a micro-batch beyond {border} tokens;"
+                f" data.max_length={border} keeps rows independent"
+            )
+    return ""
 
 
 def _isolation(

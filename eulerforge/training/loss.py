@@ -49,9 +49,7 @@ def summed_cross_entropy(
     chunk = chunk_rows(_vocabulary(head, hidden_NH), 12, hidden_NH.device)
     for start in range(0, len(labels_N), chunk):
         part_CH, part_C = hidden_NH[start : start + chunk], labels_N[start : start + chunk]
-        total = total + checkpoint(
-            _chunk_loss, head, part_CH, part_C, softcap, use_reentrant=False, preserve_rng_state=False
-        )
+        total = total + checkpoint(_chunk_loss, head, part_CH, part_C, softcap, use_reentrant=False)
     return total
 
 
@@ -116,7 +114,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         grad_hidden_NH, grad_weight_VH, grad_bias_V = ctx.saved_tensors
         return (
-            grad_hidden_NH * grad.to(grad_hidden_NH.dtype) if grad_hidden_NH is not None else None,
+            # a number of fp32 on the CPU, though the states are bf16: rounded, it would scale all gradients
+            grad_hidden_NH * grad if grad_hidden_NH is not None else None,
             (grad_weight_VH * grad).to(ctx.dtypes[0]) if grad_weight_VH is not None else None,
             (grad_bias_V * grad).to(ctx.dtypes[1]) if grad_bias_V is not None else None,
             None,

@@ -15,6 +15,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import attrs
@@ -91,16 +92,17 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _install(module: nn.Module, kind: _Kind) -> Callable[[], None]:
-    own, eps = module.forward, _epsilon(module)
+    eps = _epsilon(module)
 
-    def forward(x: torch.Tensor) -> Any:
-        weight: Any = module.weight
+    def forward(self: nn.Module, x: torch.Tensor) -> Any:
+        weight: Any = self.weight
         plain = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
         if not plain or weight.requires_grad or torch.compiler.is_compiling():  # the compiler fuses by itself
-            return own(x)
+            return type(self).forward(self, x)
         return _one_pass(x, weight, eps, kind)
 
-    module.forward = forward  # type: ignore[method-assign]
+    # bound, so that a copy of the module computes with the copy's weight
+    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
     def undo() -> None:
         del module.forward
@@ -170,7 +172,9 @@ class _RMSNorm(torch.autograd.Function):
             y_NH.copy_(wide_NH).mul_(weight_H)
         ctx.save_for_backward(x, scale_N1, weight_H)
         ctx.kind = kind
-        return y_NH.view(x.shape)
+        # a view made in here could not be changed in place, as a router's jitter does
+        y: torch.Tensor = torch.ops.aten._unsafe_view(y_NH, x.shape)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -74,7 +74,7 @@ def record_layer(
         try:
             model.train()
             for at, layer in enumerate(real):
-                decoder.layers[at] = watched if at == index else _Through(layer)
+                decoder.layers[at] = watched if at == index else Through(layer)
             records = []
             before = _storages(real[index])
             # the first passes lay weights out anew and make what is made once
@@ -146,7 +146,7 @@ def _one_pass(
     return attrs.evolve(LayerRecord.of(record, watched.named), rooms=sizes)
 
 
-class _Through(nn.Module):
+class Through(nn.Module):
     """Stands where a layer stood and gives what it is given; whatever else is asked of it is the layer's."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -160,7 +160,7 @@ class _Through(nn.Module):
         return states
 
 
-class _Watched(_Through):
+class _Watched(Through):
     """The layer itself, with marks where it begins and ends in both directions."""
 
     record: BlockRecord | None

@@ -95,13 +95,15 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """The optimizer's state by parameter name and key, on the CPU; parameters that never trained have none."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        # bitsandbytes counts steps in a plain number
-        f"{names[id(parameter)]}:{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if key in {*OPTIMIZER_KEYS, *BLOCKWISE_KEYS}
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if key not in {*OPTIMIZER_KEYS, *BLOCKWISE_KEYS}:
+                continue
+            # bitsandbytes counts steps in a plain number, and all parameters share its two tables of what 8 bits mean
+            tensor = torch.as_tensor(value).detach().to("cpu", copy=key in ("qmap1", "qmap2"))
+            tensors[f"{names[id(parameter)]}:{key}"] = tensor.contiguous()
+    return tensors
 
 
 def load_optimizer_tensors(

@@ -115,3 +115,33 @@ def test_a_meta_model_can_be_wrapped_to_count_parameters() -> None:
     with torch.device("meta"):
         base = nn.Linear(8, 8)
     assert LoRALinear(base, r=2, alpha=1).lora_A.device.type == "meta"
+
+
+@pytest.mark.parametrize("shape", [(3, 24), (2, 3, 24)])
+def test_a_result_can_be_changed_in_place_and_derived(shape: tuple[int, ...]) -> None:
+    layer, x = make(), torch.randn(shape, requires_grad=True)
+    (wanted,) = torch.autograd.grad((layer(x) * 3).sum(), x)
+    y = layer(x)
+    y.mul_(3)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_no_rows_give_no_rows(dropout: float) -> None:
+    layer, x = make(dropout=dropout).train(), torch.randn(0, 24, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 16)
+    assert layer.lora_A.grad is not None
+    assert not layer.lora_A.grad.any()
+
+
+def test_a_pass_in_inference_mode_leaves_a_layer_that_trains() -> None:
+    layer, x = make(), torch.randn(3, 24)
+    with torch.inference_mode():
+        first = layer(x)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(first, y)
+    assert layer.lora_B.grad is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from eulerforge.errors import DataError, UsageError
 from eulerforge.training import assemble as room
+from eulerforge.training.layouts import rope_by_length
 from eulerforge.training.memory import KeptForBackward
 
 
@@ -85,3 +88,40 @@ def test_gradient_checkpointing_keeps_less_and_computes_the_same(make_run: Calla
         gradients.append([parameter.grad for parameter in trainable])
     assert kept[1] < kept[0] / 2
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest", "packed"), [("dynamic", 64, True), ("dynamic", 65, False), ("yarn", 65, True)]
+)
+def test_frequencies_that_follow_the_longest_row_are_not_packed(kind: str, longest: int, packed: bool) -> None:
+    text = SimpleNamespace(
+        rope_parameters={"full_attention": {"rope_type": kind, "factor": 2.0}}, max_position_embeddings=64
+    )
+    found = rope_by_length(SimpleNamespace(get_text_config=lambda: text), longest)
+    assert (found == "") == packed
+    assert packed or "data.max_length=64" in found
+
+
+def test_a_run_with_such_frequencies_says_that_it_pads(prepared: Path, tmp_path: Path) -> None:
+    from eulerforge.plugins import load_registry
+
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    change_config(prepared, rope_parameters=rope, max_position_embeddings=64)
+    said: list[str] = []
+    run = room.assemble(tinyrun.loaded(prepared).run, load_registry(), out=tmp_path, say=said.append)
+    assert run.layout.packing == "off"
+    assert any("rows are padded, sorted by length: its rotary embedding (dynamic) follows" in line for line in said)
+
+
+def test_a_loss_of_routers_that_is_not_added_is_said(tmp_path: Path) -> None:
+    from eulerforge.plugins import load_registry
+
+    tinyrun.prepare(tmp_path, "mixtral")
+    change_config(tmp_path, output_router_logits=True)
+    run = room.assemble(tinyrun.loaded(tmp_path, backbone="auto").run, load_registry(), out=tmp_path / "run")
+    assert any("load-balancing loss" in warning for warning in run.warnings)

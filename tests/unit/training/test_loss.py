@@ -206,6 +206,36 @@ def test_a_head_that_is_more_than_a_product_is_called_as_it_is() -> None:
     assert (got - plain).abs() > 1
 
 
+class Dropping(nn.Module):
+    """A head whose logits are another draw at each call."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(F.dropout(hidden, 0.5))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_head_with_dropout_is_derived_with_the_mask_of_its_value() -> None:
+    head, hidden, labels = case(torch.float64)
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return summed_cross_entropy(Dropping(head), hidden, labels)
+
+    assert torch.autograd.gradcheck(loss, [hidden.detach().requires_grad_()])
+
+
+def test_the_gradient_of_bf16_states_is_scaled_in_fp32() -> None:
+    head, hidden, labels = case(torch.bfloat16)
+    head.requires_grad_(False)
+    (whole,) = torch.autograd.grad(summed_cross_entropy(head, hidden, labels), hidden)
+    (scaled,) = torch.autograd.grad(summed_cross_entropy(head, hidden, labels) / 385, hidden)
+    assert torch.equal(scaled, (whole.float() / 385).bfloat16())
+
+
 MEASURE = """
 import sys, torch
 from torch import nn

@@ -103,3 +103,32 @@ def test_a_norm_that_trains_keeps_its_own_forward() -> None:
     quicken_norms(module)
     module(torch.randn(3, 16)).sum().backward()
     assert module.weight.grad is not None
+
+
+def test_a_result_can_be_changed_in_place_and_derived() -> None:
+    module = LlamaLikeRMSNorm(16).requires_grad_(False)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    (wanted,) = torch.autograd.grad((module(x) * 3).sum(), x)
+    quicken_norms(module)
+    y = module(x)
+    y *= 3
+    (found,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_router_with_jitter_trains() -> None:
+    model = tiny_model("mixtral").requires_grad_(False).train()
+    for layer in model.model.layers:
+        layer.mlp.jitter_noise = 0.1
+    quicken_norms(model)
+    embedded = torch.randn(1, 5, model.config.hidden_size, requires_grad=True)
+    model(inputs_embeds=embedded, labels=torch.arange(5)[None]).loss.backward()
+    assert embedded.grad is not None
+
+
+def test_a_copy_computes_with_its_own_weight() -> None:
+    module = LlamaLikeRMSNorm(16).requires_grad_(False)
+    quicken_norms(module)
+    twin, x = copy.deepcopy(module), torch.randn(3, 16)
+    twin.weight.fill_(5.0)
+    torch.testing.assert_close(twin(x), 5 * module(x))

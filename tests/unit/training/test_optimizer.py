@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from eulerforge.config.schema import TrainingConfig
 from eulerforge.errors import CheckpointError, ConfigError
+from eulerforge.training.checkpoint import write_tensors
 from eulerforge.training.optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 
@@ -152,6 +155,21 @@ def test_eight_bits_stay_close_to_fp32_and_resume_bit_for_bit() -> None:
     assert torch.equal(straight.b, resumed.b)
     large_steps(exact, optimizers[0], 5, 9)
     assert (straight.a - exact.a).norm().item() < 0.1 * (exact.a - start).norm().item()
+
+
+def test_the_state_of_two_parameters_in_eight_bits_can_be_written(tmp_path: Path) -> None:
+    """bitsandbytes has one table for both, and a safetensors file has no tensor twice."""
+    pytest.importorskip("bitsandbytes", reason="the 8-bit optimizers are bitsandbytes' own")
+    model = nn.ParameterDict({"a": torch.randn(64, 128), "b": torch.randn(128, 64)})
+    optimizer = make_optimizer(model, {"lora": ["a", "b"]}, config(optimizer="adamw_8bit"))
+    for parameter in model.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = optimizer_tensors(optimizer, model)
+    write_tensors(tmp_path / "optimizer.safetensors", tensors)
+    back = load_file(tmp_path / "optimizer.safetensors")
+    assert {"a:qmap1", "b:qmap1", "a:state1", "b:state2"} <= set(back)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
 
 def test_the_state_of_another_optimizer_is_refused() -> None:
