@@ -22,7 +22,7 @@ from eulerforge.config.atomic import sha256_of, staged_folder
 from eulerforge.data.tokenized import ARRAYS, RowChunk, TokenizedRows
 
 _MANIFEST = "entry.json"
-_VERSION = 9
+_VERSION = 10
 
 
 @attrs.frozen(kw_only=True)

@@ -25,8 +25,12 @@ INNER_BOS = "a BOS inside of the row"
 WRITTEN = "a special token written out in a message"
 MORE_BOS = "more than one BOS token (as Llama 2's template writes them; most have one)"
 """Behind an EOS each: right for some families, so it is said and stops no run."""
-UNTRAINED = "earlier answers that are not trained, because the chat template shows them otherwise in what follows"
-"""As of reasoning models, whose prompt opens what is left out of all but the last answer: said, and stops no run."""
+UNTRAINED = (
+    "earlier answers that are not trained, because the chat template shows them otherwise in what follows, or no turn"
+    " asks for them"
+)
+"""As of reasoning models, whose prompt opens what is left out of all but the last answer, or where a conversation
+begins with an answer: said, and stops no run."""
 STRAY = (DOUBLE_BOS, INNER_BOS, WRITTEN)
 SHOWN = 5
 Ids = np.ndarray[Any, Any]

@@ -5,6 +5,7 @@ plain text and each answer is closed by the EOS token; a span runs from where ge
 ends the turn, that token included; the line break that many templates put after it is not trained.
 Notable: spans are found by rendering the turns before each answer with the generation prompt, which must be a prefix of
 the whole. A template for which that is not so would be trained on one prompt and asked another: an error.
+An answer with no turn before it has no prompt: it is not trained where later ones are (``untrained`` counts it).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ WHOLE = -1
 ANSWER_LAST = -2
 """The shape of a row of plain text whose one answer is the rest of it."""
 _NO_TEMPLATE_HINT = "--set data.template=none trains on plain text"
+_PUT_BEFORE = "delete that turn, or put a user turn before it"
 
 
 @attrs.define
@@ -130,10 +132,12 @@ class Renderer:
             hint = _NO_TEMPLATE_HINT
             if self._system and "system" in str(error).lower():
                 hint = f"this template takes no data.system_prompt; or {hint}"
+            elif _begins_with_answer(row.messages):
+                hint = f"the row begins with an answer: {_PUT_BEFORE}; or {hint}"
             bad.add(row.where, f"the chat template refuses this row: {error}", key="data.template", hint=hint)
             return None
         except _NotAPrefixError as error:
-            bad.add(row.where, str(error), key="data.template", hint=_NO_TEMPLATE_HINT)
+            bad.add(row.where, str(error), key="data.template", hint=error.hint)
             return None
         return Rendered(text=text, spans=spans, where=row.where, stray=self.holds_special(row.messages))
 
@@ -189,10 +193,13 @@ class Renderer:
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            prompt = self._apply(messages[:index], generate=True)
-            if not text.startswith(prompt):
+            prompt = self._asked(messages[:index])
+            if prompt is None or not text.startswith(prompt):
                 if index < last_answer:
-                    continue  # shown otherwise once more turns follow, as reasoning is; ``untrained`` counts it
+                    # nothing asks for it, or it is shown otherwise once more turns follow, as reasoning is
+                    continue
+                if prompt is None:
+                    raise _NotAPrefixError("no turn before the row's answer asks for it", _PUT_BEFORE)
                 raise _NotAPrefixError(
                     f"the chat template renders turn {index + 1} differently from the prompt that asks for it: "
                     f"{_fork(prompt, text)}"
@@ -206,6 +213,15 @@ class Renderer:
             text = text[: spans[-1][1]] + self._eos
             spans[-1] = (spans[-1][0], len(text))
         return text, tuple(spans)
+
+    def _asked(self, before: Sequence[Message]) -> str | None:
+        """The prompt of the answer behind these turns; None where the template has none for want of a question."""
+        if any(message.role == "user" for message in before):
+            return self._apply(before, generate=True)
+        try:
+            return self._apply(before, generate=True) if before else None
+        except TemplateError:
+            return None
 
     def _end_of_turn(self, text: str, start: int, until_here: str) -> int:
         """Where the answer that begins at ``start`` ends, its closing token included."""
@@ -251,8 +267,12 @@ def _until_last_answer(messages: Sequence[Message]) -> Sequence[Message]:
     return messages[: max((at + 1 for at, one in enumerate(messages) if one.role == "assistant"), default=0)]
 
 
+def _begins_with_answer(messages: Sequence[Message]) -> bool:
+    return next((one.role for one in messages if one.role != "system"), "") == "assistant"
+
+
 def untrained(row: Row, rendered: Rendered) -> bool:
-    """Whether an answer of the row is not trained: its template shows it otherwise than where it asks for it."""
+    """Whether an answer of the row is not trained: it has no prompt, or is shown otherwise than it is asked for."""
     return isinstance(row, ChatRow) and len(rendered.spans) < sum(one.role == "assistant" for one in row.messages)
 
 
@@ -316,7 +336,11 @@ def dated(config: DataConfig, tokenizer: PreTrainedTokenizerBase, began: str | N
 
 
 class _NotAPrefixError(Exception):
-    """The template breaks the rule that a prompt is a prefix of its training row."""
+    """The template breaks the rule that a prompt is a prefix of its training row, or the row has no prompt."""
+
+    def __init__(self, message: str, hint: str = _NO_TEMPLATE_HINT) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 def _fork(prompt: str, text: str) -> str:

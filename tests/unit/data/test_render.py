@@ -270,6 +270,57 @@ class TestTemplates:
         assert (found.count, found.first[0]) == (3, f"{path}:1")
         assert any("earlier answers that are not trained" in line for line in built.report.lines())
 
+    @pytest.mark.parametrize("name", [*TEMPLATED, "reasoning"])
+    def test_an_answer_with_no_turn_before_it_is_not_trained(
+        self, name: str, train: Train, data_config: Any, write_rows: Any, request: pytest.FixtureRequest
+    ) -> None:
+        """ShareGPT conversations often begin with a greeting of the model: text that nothing asks for."""
+        tokenizer = request.getfixturevalue(name)
+        turns = [{"role": "assistant", "content": "Hello, I am here."}, *TALK]
+        ids, labelled = row = train(tokenizer, {"messages": turns})
+        assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+        assert trained(tokenizer, row) == trained(tokenizer, train(tokenizer, {"messages": TALK}))
+        prompt = render_prompt(tokenizer, data_config(), {"messages": turns})
+        assert ids[: len(prompt)] == prompt
+        assert labelled[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
+        built = build_dataset(data_config(path=(write_rows([{"messages": turns}] * 3),)), tokenizer)
+        assert built.train.row(1)[0].tolist() == ids
+        assert built.train.row(1)[1].tolist() == labelled
+        assert built.report.parts[0].findings[UNTRAINED].count == 3
+
+    @pytest.mark.parametrize("behind", [[], TALK[:1]])
+    def test_a_row_whose_only_answer_has_no_turn_before_it_is_an_error(
+        self, behind: list[dict[str, str]], train: Train, chatml: Any
+    ) -> None:
+        with pytest.raises(DataError, match="no turn before the row's answer asks for it") as caught:
+            train(chatml, {"messages": [TALK[1], *behind]})
+        assert caught.value.problems[0].hint == "delete that turn, or put a user turn before it"
+
+    def test_a_template_whose_turns_must_begin_with_the_user_says_what_to_mend(
+        self, train: Train, with_template: Any
+    ) -> None:
+        """As Gemma's, Llama 2's and Mistral's."""
+        tokenizer = with_template(
+            "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('Conversation roles must alternate') }}"
+            "{% endif %}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+        )
+        with pytest.raises(DataError, match="refuses this row: Conversation roles must alternate") as caught:
+            train(tokenizer, {"messages": [TALK[1], *TALK]})
+        assert "the row begins with an answer: delete that turn" in str(caught.value.problems[0].hint)
+
+    def test_a_template_that_asks_for_no_answer_without_a_question(self, train: Train, with_template: Any) -> None:
+        """As Qwen3.5's, which raises where there is no user turn."""
+        tokenizer = with_template(
+            "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+            "{{ raise_exception('No user query found in messages.') }}{% endif %}"
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        row = train(tokenizer, {"messages": [TALK[1], *TALK[:2]]}, system_prompt="be brief")
+        assert trained(tokenizer, row) == ["Paris.<|im_end|>"]
+        with pytest.raises(DataError, match="No user query found"):
+            train(tokenizer, {"messages": [TALK[1]]}, system_prompt="be brief")
+
     def test_a_template_whose_prompt_is_no_prefix_is_an_error(self, train: Train, with_template: Any) -> None:
         broken = (
             "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>{% endfor %}"
