@@ -8,7 +8,7 @@ they would still hold the old values beside the merged ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_FORMATS = (".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".npy", ".ot")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+    "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""What transformers' tokenizers are read from, their chat templates included."""
 
 SHARED_BLOBS = ".huggingface-shared-blobs"
 """The file that marks the hub cache's blobs that several models share."""
@@ -186,8 +192,10 @@ def read_base_files(folder: Path) -> BaseFiles:
     return BaseFiles(folder=folder, shards=shards, index=index)
 
 
-def other_files(folder: Path) -> Iterable[Path]:
+def other_files(folder: Path, only: Collection[str] = ()) -> Iterable[Path]:
     """Relative paths of all that belongs into a copy beside the weights: configuration, tokenizer, code, licence.
+
+    With ``only``, those of the files and subfolders with these names.
 
     Raises:
         ModelError: one of them is a link to a file elsewhere, which would be published with the copy.
@@ -206,6 +214,7 @@ def other_files(folder: Path) -> Iterable[Path]:
             path.is_file()
             and not hidden
             and not index
+            and (not only or relative.parts[0] in only)
             and relative.suffix.lower() not in PICKLE_SUFFIXES + OTHER_FORMATS
         ):
             if not any(path.resolve().is_relative_to(home) for home in homes):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -284,12 +284,17 @@ def _write_index(index: Mapping[str, Any], size: int, staging: Path) -> None:
     (staging / INDEX).write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_others(folder: Path, others: tuple[Path, ...], staging: Path, target: torch.dtype | None) -> None:
-    for relative in others:
+def copy_files(folder: Path, files: Iterable[Path], staging: Path) -> None:
+    """Copy files of the base, named by their paths in it."""
+    for relative in files:
         if relative.name == RECEIPT:
             continue
         (staging / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / relative, staging / relative)
+
+
+def _copy_others(folder: Path, others: tuple[Path, ...], staging: Path, target: torch.dtype | None) -> None:
+    copy_files(folder, others, staging)
     if target is not None:
         _set_config_dtype(staging / "config.json", str(target).removeprefix("torch."))
 

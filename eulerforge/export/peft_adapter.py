@@ -1,4 +1,4 @@
-"""The adapters as a PEFT folder: ``adapter_model.safetensors`` and ``adapter_config.json``.
+"""The adapters as a PEFT folder: ``adapter_model.safetensors`` and ``adapter_config.json``, with the base's tokenizer.
 
 PEFT states one rank and one alpha and lists the modules that differ from them; the most frequent pair becomes the
 stated one, so that a uniform adapter has no exceptions.
@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from eulerforge.config.atomic import staged_folder
-from eulerforge.errors import UsageError
+from eulerforge.errors import Problem, UsageError
 from eulerforge.export.audit import ExportAudit
-from eulerforge.export.basefiles import read_base_files
+from eulerforge.export.basefiles import TOKENIZER_FILES, other_files, read_base_files
 from eulerforge.export.measure import audit_changes
-from eulerforge.export.merged import RECEIPT, Written, changes_of, check_destination, origin
+from eulerforge.export.merged import RECEIPT, Written, changes_of, check_destination, copy_files, origin
 from eulerforge.export.rundir import TrainedRun
 from eulerforge.lora.experts import LoRAExperts
 from eulerforge.lora.linear import LoRALinear
@@ -71,6 +71,8 @@ def write_peft(
     layers = {names[path]: module for path, module in modules.items() if isinstance(module, LoRALinear)}
     audit = ExportAudit(layers=audit_changes(changes_of(run), read_base_files(run.source.folder), None))
     audit.refuse(force=force)
+    tokenizer = tuple(other_files(run.source.folder, TOKENIZER_FILES))
+    notes = _in_the_cache(run)
     tensors: dict[str, torch.Tensor] = {}
     scaling = _common(layers.values()).scaling
     for path, module in layers.items():
@@ -79,7 +81,9 @@ def write_peft(
         tensors[f"base_model.model.{path}.lora_B.weight"] = lora_B.contiguous()
     with staged_folder(out, replace=out.is_dir()) as staging:
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        receipt = {**origin(run, "peft"), "audit": audit.to_json()}
+        copy_files(run.source.folder, tokenizer, staging)
+        said = [problem.to_json() for problem in notes]
+        receipt = {**origin(run, "peft"), "audit": audit.to_json(), "warnings": said}
         for name, value in ((CONFIG_FILE, peft_config(run, layers)), (RECEIPT, receipt)):
             (staging / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return Written(
@@ -87,9 +91,23 @@ def write_peft(
         format="peft",
         dtype="fp32",
         tensors=tuple(sorted(tensors)),
-        files=(CONFIG_FILE, WEIGHTS_FILE, RECEIPT),
+        files=tuple(sorted((CONFIG_FILE, WEIGHTS_FILE, RECEIPT, *map(str, tokenizer)))),
         size=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         audit=audit,
+        warnings=notes,
+    )
+
+
+def _in_the_cache(run: TrainedRun) -> tuple[Problem, ...]:
+    """That the base which the adapter names is one that nobody else has."""
+    if run.source.kind != "gguf":
+        return ()
+    return (
+        Problem(
+            message=f"the adapter's base is what {run.source.name} was converted to, {run.source.folder.resolve()}: it"
+            " lies in EulerForge's cache, and without it the adapter has no base",
+            hint="keep that folder with the adapter, or write a whole model: eulerforge merge, or --format merged",
+        ),
     )
 
 

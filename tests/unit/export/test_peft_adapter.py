@@ -55,6 +55,35 @@ def test_the_config_states_the_commonest_rank_and_lists_the_others(make_run: Mak
     assert config["alpha_pattern"] == dict.fromkeys(config["rank_pattern"], 4.0)
 
 
+def test_the_folder_has_the_tokenizer_and_its_chat_template(make_run: MakeRun, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    run = make_run()
+    templates = run.source.folder / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ messages }}")
+    written = write_peft(run, tmp_path / "adapter")
+    theirs, ours = (AutoTokenizer.from_pretrained(folder) for folder in (run.source.folder, tmp_path / "adapter"))
+    assert ours.chat_template == theirs.chat_template
+    assert "tool_use" in ours.chat_template
+    assert ours("What is a beam?").input_ids == theirs("What is a beam?").input_ids
+    there = {str(path.relative_to(written.folder)) for path in written.folder.rglob("*") if path.is_file()}
+    assert there == set(written.files)
+    assert there.isdisjoint({"config.json", "generation_config.json", "model.safetensors"})
+    assert not written.warnings
+
+
+def test_a_base_in_the_cache_is_said(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    run = attrs.evolve(run, source=attrs.evolve(run.source, kind="gguf", name="tiny.gguf"))
+    (problem,) = write_peft(run, tmp_path / "adapter").warnings
+    assert "what tiny.gguf was converted to" in problem.message
+    assert str(run.source.folder) in problem.message
+    assert "eulerforge merge" in str(problem.hint)
+    receipt = json.loads((tmp_path / "adapter" / "eulerforge_export.json").read_text())
+    assert receipt["warnings"] == [problem.to_json()]
+
+
 def test_an_adapter_cannot_hold_trained_base_tensors(make_run: MakeRun, tmp_path: Path) -> None:
     run = attrs.evolve(make_run(), trained_base={"model.norm.weight": torch.zeros(32)})
     with pytest.raises(UsageError, match=r"model\.norm\.weight"):
