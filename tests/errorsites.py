@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = (ROOT / "eulerforge", *sorted(ROOT.glob("plugins/*/src")))
 KIT = ROOT / "eulerforge" / "testing"
 """The kit for plugin authors: its failures are failed tests, never lines of a command."""
-CARRIERS = frozenset({"_Bad", "WrongTypeError", "PluginFailure", "Incompatible"})
+CARRIERS = frozenset({"BadRow", "WrongTypeError", "PluginFailure", "Incompatible"})
 """What carries message and hint to a place that makes a Problem of them."""
 BUILTIN = {name for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 BUILTIN |= {"ArgumentTypeError"}

@@ -20,7 +20,7 @@ CLASSES = (
     "eulerforge.errors:Problem",  # every EulerForgeError makes one
     "eulerforge.errors:Interrupted",
     "eulerforge.plugins.isolation:PluginFailure",
-    "eulerforge.data.rows:_Bad",
+    "eulerforge.data.turns:BadRow",
     "eulerforge.data.render:_NotAPrefixError",
     "eulerforge.config.leaves:WrongTypeError",
 )

@@ -22,9 +22,10 @@ from eulerforge.data.findings import special_ids, too_many
 from eulerforge.data.prepared import Datasets
 from eulerforge.data.read import BadRows, SourceRow, read_rows, rows_before
 from eulerforge.data.render import Renderer, render_prompt
-from eulerforge.data.rows import ChatRow, Message, RowParser
+from eulerforge.data.rows import ChatRow, RowParser
 from eulerforge.data.tokenize import RowTokenizer
 from eulerforge.data.tokenized import TokenizedRows
+from eulerforge.data.turns import Message
 from eulerforge.errors import DataError
 
 if TYPE_CHECKING:

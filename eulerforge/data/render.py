@@ -19,8 +19,9 @@ import attrs
 from jinja2 import TemplateError
 
 from eulerforge.data.read import BadRows, SourceRow
-from eulerforge.data.rows import ChatRow, Message, ProcessedRow, Row, RowParser, TextRow
+from eulerforge.data.rows import ChatRow, ProcessedRow, Row, RowParser, TextRow
 from eulerforge.data.template_shape import TemplateShape, cues_of, has_markup, is_plain, learn_shape
+from eulerforge.data.turns import Message
 from eulerforge.errors import DataError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import attrs
 import jinja2
 
-from eulerforge.data.rows import Message
+from eulerforge.data.turns import Message
 
 Span = tuple[int, int]
 Rendering = tuple[str, tuple[Span, ...]]

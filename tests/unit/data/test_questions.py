@@ -12,7 +12,8 @@ import tiny
 from eulerforge.config.schema import DataConfig
 from eulerforge.data.prepared import build_dataset
 from eulerforge.data.questions import _asked, question_of
-from eulerforge.data.rows import ChatRow, Message
+from eulerforge.data.rows import ChatRow
+from eulerforge.data.turns import Message
 
 TURNS = [
     {"role": "system", "content": "Be short."},

@@ -8,7 +8,8 @@ import pytest
 
 from eulerforge.config.schema import DataConfig
 from eulerforge.data.read import BadRows, SourceRow
-from eulerforge.data.rows import ChatRow, Message, ProcessedRow, Row, RowParser, TextRow
+from eulerforge.data.rows import ChatRow, ProcessedRow, Row, RowParser, TextRow
+from eulerforge.data.turns import Message
 
 
 def parse(data: dict[str, Any], schema: dict[str, str] | None = None, **keys: Any) -> tuple[Row | None, BadRows]:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from eulerforge.data.read import BadRows
 from eulerforge.data.render import Renderer
-from eulerforge.data.rows import ChatRow, Message
+from eulerforge.data.rows import ChatRow
+from eulerforge.data.turns import Message
 
 TRICKY = ["<think>a</think>b", " space ", "", "[INST]", "{{ x }}", "line\n", "/no_think", "ab|cd", "\x1b[0m"]
 SHAPES = [("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant", "user", "assistant")]
