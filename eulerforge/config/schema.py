@@ -21,7 +21,7 @@ SEED_MAX = 2**63 - 1
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int4")
 
 ROW_KEYS = (
-    "prompt", "response", "text", "messages", "role", "content", "conversations", "from", "value",
+    "prompt", "response", "completion", "text", "messages", "role", "content", "conversations", "from", "value",
     "instruction", "input", "output", "input_ids", "labels", "attention_mask",
 )  # fmt: skip
 """What ``data.schema`` may rename."""

@@ -31,14 +31,17 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("messages", ("messages",)),
     ("conversations", ("conversations",)),
     ("prompt/response", ("prompt", "response")),
+    ("prompt/completion", ("prompt", "completion")),
     ("instruction/output", ("instruction", "output")),
     ("text", ("text",)),
 )
+_PAIRS = {"prompt/response": "response", "prompt/completion": "completion"}
 _MEANT_OF_ROWS = {
     "tools": NO_TOOLS,
     "functions": NO_TOOLS,
     "history": "write all turns as messages",
 }
+_ALL_ANSWERS = "write the turns as messages, where every answer is trained"
 _SYSTEM = "system"
 """The column with a row's own system prompt."""
 IGNORED = -100
@@ -108,10 +111,11 @@ class RowParser:
         """The object with a stand-in for the answer that a prompt does not have yet."""
         column = self._columns
         given, kind = dict(data), self._kind_of(data)
-        for asked, answer in (("prompt", "response"), ("instruction", "output")):
+        for asked, answer in (*(("prompt", answer) for answer in _PAIRS.values()), ("instruction", "output")):
             # a row that is whole keeps its kind, whatever other columns it has
             if column[asked] in given and kind in (None, f"{asked}/{answer}"):
-                given[column[answer]] = "..."
+                turn = {column["role"]: "assistant", column["content"]: "..."}
+                given[column[answer]] = [turn] if isinstance(given[column[asked]], list) else "..."
         for turns, role, content, answerer in (
             ("messages", "role", "content", "assistant"),
             ("conversations", "from", "value", "gpt"),
@@ -138,16 +142,18 @@ class RowParser:
         for column, hint in _MEANT_OF_ROWS.items():
             if says_something(data.get(column)) and column not in self._read_of(kind):
                 raise BadRow("would be left out", column, hint)
-        separator = "\n\n"
+        separator, named = "\n\n", kind
         if kind == "messages":
             messages = self._turns.read(data[self._columns[kind]], self._columns[kind], MESSAGES)
         elif kind == "conversations":
             messages = self._turns.read(data[self._columns[kind]], self._columns[kind], SHAREGPT)
-        elif kind == "prompt/response":
+        elif kind in _PAIRS and self._is_conversation(data, kind):
+            named, messages = "messages", self._pair_of_turns(data, self._columns[_PAIRS[kind]])
+        elif kind in _PAIRS:
             separator = ""
             messages = (
                 Message("user", self._string(data, "prompt", may_be_empty=True)),
-                Message("assistant", self._string(data, "response")),
+                Message("assistant", self._string(data, _PAIRS[kind])),
             )
         else:
             instruction = self._string(data, "instruction")
@@ -156,7 +162,21 @@ class RowParser:
             messages = (Message("user", prompt), Message("assistant", self._string(data, "output")))
         if says_something(data.get(_SYSTEM)) and _SYSTEM not in self._read_of(kind):
             messages = self._with_system(data[_SYSTEM], messages)
-        return ChatRow(messages=messages, separator=separator, kind=kind, place=row.place, where=row.where)
+        return ChatRow(messages=messages, separator=separator, kind=named, place=row.place, where=row.where)
+
+    def _is_conversation(self, data: Mapping[str, Any], kind: str) -> bool:
+        return all(isinstance(data[self._columns[key]], list) for key in ("prompt", _PAIRS[kind]))
+
+    def _pair_of_turns(self, data: Mapping[str, Any], answer: str) -> tuple[Message, ...]:
+        """A prompt and a completion of turns, as TRL has them: the prompt is not trained, whoever speaks in it."""
+        asked = self._columns["prompt"]
+        before = self._turns.read(data[asked], asked, MESSAGES, answered=False)
+        behind = self._turns.read(data[answer], answer, MESSAGES)
+        if any(message.role == "assistant" for message in before):
+            raise BadRow("holds an answer, which is not to be trained here", asked, _ALL_ANSWERS)
+        if len(behind) > 1:
+            raise BadRow(f"must be one turn, the answer, not {len(behind)}", answer, _ALL_ANSWERS)
+        return before + behind
 
     @staticmethod
     def _with_system(system: Any, messages: tuple[Message, ...]) -> tuple[Message, ...]:

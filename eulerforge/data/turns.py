@@ -67,8 +67,8 @@ class TurnReader:
         self._columns = columns
         self.extra: Counter[str] = Counter()
 
-    def read(self, turns: Any, column: str, dialect: Dialect) -> tuple[Message, ...]:
-        """The turns that stand in a column of a row; one of them at least is an answer.
+    def read(self, turns: Any, column: str, dialect: Dialect, *, answered: bool = True) -> tuple[Message, ...]:
+        """The turns that stand in a column of a row; with ``answered`` one of them at least is an answer.
 
         Raises:
             BadRow: it names the turn and its key.
@@ -97,7 +97,7 @@ class TurnReader:
             content = text_of(turn[content_key], f"{place}.{content_key}", may_be_empty=role != "assistant")
             messages.append(Message(role, content))
         self.extra.update(extra)
-        if all(message.role != "assistant" for message in messages):
+        if answered and all(message.role != "assistant" for message in messages):
             raise BadRow(
                 "there is no assistant turn, so nothing to learn", column, "delete the row, or give it an answer"
             )

@@ -21,6 +21,8 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "conversations": {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]},
 }
+COMPLETION = {"prompt": "Who?", "completion": "Me."}
+"""TRL's row; without its second half it is taken for one that lacks a response."""
 PROCESSED = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]}
 WRONG_TEXT: tuple[Any, ...] = (None, True, 3, 1.5, [], ["a"], {}, {"a": "b"}, 10**30, -0.0)
 WRONG_LIST: tuple[Any, ...] = (None, True, 3, "text", {}, {"0": "a"})
@@ -42,6 +44,7 @@ def bad_lines() -> Iterator[BadLine]:
         yield from _wrong_types(row)
         yield from _missing(row)
         yield from _misspelt(row)
+    yield from _wrong_types(COMPLETION)
     for kind, column, role, content in (
         ("messages", "messages", "role", "content"),
         ("conversations", "conversations", "from", "value"),

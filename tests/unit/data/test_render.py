@@ -112,6 +112,8 @@ def test_the_mask_equals_generation_markers(train: Train, with_template: Any) ->
         {"prompt": "question\n", "response": "\n\nanswer"},
         {"prompt": "2 + 2 =", "response": " 4"},
         {"instruction": "Write a short answer", "input": "the question", "output": "Ça va, 日本語"},
+        {"prompt": "Say it.", "completion": " It."},
+        {"prompt": TALK[:1], "completion": TALK[1:2]},
         {"messages": TALK[:2]},
         {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "world"}]},
     ],
@@ -125,7 +127,7 @@ def test_generation_starts_from_a_token_prefix(
     first = labelled.index(1)
     assert ids[:first] == prompt
     assert not any(labelled[:first])
-    without_answer = {key: value for key, value in row.items() if key not in ("response", "output")}
+    without_answer = {key: value for key, value in row.items() if key not in ("response", "completion", "output")}
     for turns in ("messages", "conversations"):
         if turns in row:
             without_answer[turns] = row[turns][:-1]

@@ -26,6 +26,14 @@ def turns(*pairs: tuple[str, str]) -> tuple[Message, ...]:
     [
         ({"prompt": "p", "response": "r"}, [("user", "p"), ("assistant", "r")], ""),
         ({"prompt": "", "response": "r"}, [("user", ""), ("assistant", "r")], ""),
+        ({"prompt": "p", "completion": "r"}, [("user", "p"), ("assistant", "r")], ""),
+        ({"prompt": "p", "response": "r", "completion": "c"}, [("user", "p"), ("assistant", "r")], ""),
+        (
+            {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+             "completion": [{"role": "assistant", "content": "a"}]},
+            [("system", "s"), ("user", "u"), ("assistant", "a")],
+            0,
+        ),
         ({"instruction": "do", "input": "this", "output": "done"}, [("user", "do\n\nthis"), ("assistant", "done")], 0),
         ({"instruction": "do", "input": "", "output": "done"}, [("user", "do"), ("assistant", "done")], 0),
         ({"instruction": "do", "input": None, "output": "done"}, [("user", "do"), ("assistant", "done")], 0),
@@ -140,6 +148,12 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"prompt": "p", "response": None}, "response", "must be a string, not null"),
         ({"prompt": "p", "response": ["r"]}, "response", "must be a string, not an array"),
         ({"prompt": "p", "response": " \n"}, "response", "is empty"),
+        ({"prompt": "p", "completion": ""}, "completion", "is empty"),
+        ({"prompt": [USER], "completion": "a"}, "prompt", "must be a string, not an array"),
+        ({"prompt": "u", "completion": [ANSWER]}, "completion", "must be a string, not an array"),
+        ({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, "prompt", "holds an answer, which is not to be"),
+        ({"prompt": [USER], "completion": [ANSWER, USER, ANSWER]}, "completion", "must be one turn, the answer, not 3"),
+        ({"prompt": [USER], "completion": [USER]}, "completion", "no assistant turn"),
         ({"prompt": "p"}, "response", "is missing"),
         ({"response": "p"}, "prompt", "is missing"),
         ({"instruction": "p"}, "output", "is missing"),
@@ -186,9 +200,9 @@ def test_wrong_rows_are_named(data: dict[str, Any], key: str | None, message: st
 def test_a_wrong_column_is_named_as_in_the_file() -> None:
     _, bad = parse({"question": 1, "answer": "a"}, {"prompt": "question", "response": "answer"})
     assert bad.problems[0].key == "question"
-    _, bad = parse({"prompt": "p", "completion": "a"})
+    _, bad = parse({"prompt": "p", "outcome": "a"})
     assert "--set data.schema.response=COLUMN" in str(bad.problems[0].hint)
-    assert "completion" in str(bad.problems[0].hint)
+    assert "outcome" in str(bad.problems[0].hint)
 
 
 class TestProcessed:
