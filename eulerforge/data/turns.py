@@ -94,7 +94,11 @@ class TurnReader:
                 _refuse_meant(turn, place, role)
                 more = turn.keys() - {role_key, content_key, *_MARKS, *_MEANT}
                 extra.update(f"{column}[].{name}" for name in more)
-            content = text_of(turn[content_key], f"{place}.{content_key}", may_be_empty=role != "assistant")
+            content = turn[content_key]
+            if isinstance(content, list) and content and isinstance(content[0], dict):
+                content, more = _joined(content, f"{place}.{content_key}")
+                extra.update(f"{column}[].{content_key}[].{name}" for name in more)
+            content = text_of(content, f"{place}.{content_key}", may_be_empty=role != "assistant")
             messages.append(Message(role, content))
         self.extra.update(extra)
         if answered and all(message.role != "assistant" for message in messages):
@@ -102,6 +106,24 @@ class TurnReader:
                 "there is no assistant turn, so nothing to learn", column, "delete the row, or give it an answer"
             )
         return tuple(messages)
+
+
+def _joined(parts: list[Any], place: str) -> tuple[str, set[str]]:
+    """A content in parts, OpenAI's other form, as chat templates write it, one text behind another; and keys unread."""
+    texts: list[str] = []
+    extra: set[str] = set()
+    for index, part in enumerate(parts):
+        if not isinstance(part, dict):
+            raise BadRow(f"must be an object, not {json_type(part)}", f"{place}[{index}]")
+        if part.get("type") != "text":
+            raise BadRow(
+                f"a part of type {part.get('type')!r} is not trained, text alone is",
+                f"{place}[{index}].type",
+                "take the part out, or delete the row",
+            )
+        texts.append(text_of(part.get("text"), f"{place}[{index}].text", may_be_empty=True))
+        extra.update(name for name, value in part.items() if name not in ("type", "text") and says_something(value))
+    return "".join(texts), extra
 
 
 def _refuse_meant(turn: Mapping[str, Any], place: str, role: str) -> None:

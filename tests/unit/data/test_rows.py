@@ -45,6 +45,13 @@ def turns(*pairs: tuple[str, str]) -> tuple[Message, ...]:
             0,
         ),
         (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "u"},
+                                                       {"type": "text", "text": "v", "image_url": None}]},
+                          {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]},
+            [("user", "uv"), ("assistant", "a")],
+            0,
+        ),
+        (
             {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
             [("user", "u"), ("assistant", "a")],
             0,
@@ -127,7 +134,10 @@ def test_columns_that_nobody_reads_are_counted() -> None:
         assert parser.parse(SourceRow(data, 1, "f:1"), bad) is not None
     turns_of = [{"role": "user", "content": "u", "name": "x"}, {"role": "assistant", "content": "a", "name": "y"}]
     assert parser.parse(SourceRow({"messages": turns_of}, 1, "f:1"), bad) is not None
-    assert parser.unread() == {"id": 2, "source": 1, "input": 1, "messages[].name": 1}
+    assert parser.parse(SourceRow({"messages": [USER | {"content": [PART | {"cache": 1}]}, ANSWER]}, 1, "f:1"), bad)
+    assert parser.unread() == {
+        "id": 2, "source": 1, "input": 1, "messages[].name": 1, "messages[].content[].cache": 1
+    }  # fmt: skip
     assert parser.unread() == {}
 
 
@@ -139,6 +149,8 @@ def test_an_unknown_schema_key_is_refused() -> None:
 
 USER = {"role": "user", "content": "u"}
 ANSWER = {"role": "assistant", "content": "a"}
+PART = {"type": "text", "text": "u"}
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
 @pytest.mark.parametrize(
@@ -172,6 +184,11 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"messages": [USER, {"role": 1, "content": "x"}]}, "messages[1].role", "must be a string, not a number"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "messages[1].content", "not null"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content", "is empty"),
+        ({"messages": [USER | {"content": [PART, IMAGE]}]}, "messages[0].content[1].type", "type 'image_url' is not"),
+        ({"messages": [USER | {"content": [PART, "x"]}]}, "messages[0].content[1]", "must be an object, not a string"),
+        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "messages[0].content[0].text", "not null"),
+        ({"messages": [USER | {"content": []}, ANSWER]}, "messages[0].content", "must be a string, not an array"),
+        ({"messages": [USER, ANSWER | {"content": [PART | {"text": ""}]}]}, "messages[1].content", "is empty"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "unknown role 'robot'"),
         ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, "messages[1].tool_calls", "would be left out"),
         ({"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}, "messages[1].reasoning_content", "left out"),
