@@ -35,6 +35,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("instruction/output", ("instruction", "output")),
     ("text", ("text",)),
 )
+_DIALECTS = {"messages": MESSAGES, "conversations": SHAREGPT}
 _PAIRS = {"prompt/response": "response", "prompt/completion": "completion"}
 _MEANT_OF_ROWS = {
     "tools": NO_TOOLS,
@@ -116,15 +117,13 @@ class RowParser:
             if column[asked] in given and kind in (None, f"{asked}/{answer}"):
                 turn = {column["role"]: "assistant", column["content"]: "..."}
                 given[column[answer]] = [turn] if isinstance(given[column[asked]], list) else "..."
-        for turns, role, content, answerer in (
-            ("messages", "role", "content", "assistant"),
-            ("conversations", "from", "value", "gpt"),
-        ):
+        for turns, dialect in _DIALECTS.items():
             listed = given.get(column[turns])
             if not (isinstance(listed, list) and listed and isinstance(listed[-1], dict)):
                 continue
-            if listed[-1].get(column[role]) not in ("assistant", "gpt", "model"):
-                given[column[turns]] = [*listed, {column[role]: answerer, column[content]: "..."}]
+            role, content = self._turns.keys_of(listed, dialect)
+            if dialect[2].get(str(listed[-1].get(role))) != "assistant":
+                given[column[turns]] = [*listed, {role: "assistant", content: "..."}]
         return given
 
     def _row(self, row: SourceRow) -> Row:
@@ -143,10 +142,8 @@ class RowParser:
             if says_something(data.get(column)) and column not in self._read_of(kind):
                 raise BadRow("would be left out", column, hint)
         separator, named = "\n\n", kind
-        if kind == "messages":
-            messages = self._turns.read(data[self._columns[kind]], self._columns[kind], MESSAGES)
-        elif kind == "conversations":
-            messages = self._turns.read(data[self._columns[kind]], self._columns[kind], SHAREGPT)
+        if kind in _DIALECTS:
+            messages = self._turns.read(data[self._columns[kind]], self._columns[kind], _DIALECTS[kind])
         elif kind in _PAIRS and self._is_conversation(data, kind):
             named, messages = "messages", self._pair_of_turns(data, self._columns[_PAIRS[kind]])
         elif kind in _PAIRS:

@@ -73,10 +73,10 @@ class TurnReader:
         Raises:
             BadRow: it names the turn and its key.
         """
-        role_key, content_key = self._columns[dialect[0]], self._columns[dialect[1]]
-        roles = dialect[2]
         if not isinstance(turns, list):
             raise BadRow(f"must be an array of turns, not {json_type(turns)}", column)
+        role_key, content_key = self.keys_of(turns, dialect)
+        roles = dialect[2]
         messages = []
         extra: set[str] = set()
         for index, turn in enumerate(turns):
@@ -106,6 +106,16 @@ class TurnReader:
                 "there is no assistant turn, so nothing to learn", column, "delete the row, or give it an answer"
             )
         return tuple(messages)
+
+    def keys_of(self, turns: list[Any], dialect: Dialect) -> tuple[str, str]:
+        """The file's names of a turn's speaker and of what it says.
+
+        A column of ShareGPT's may hold OpenAI's turns, as Unsloth's files do: the first turn tells.
+        """
+        keys = self._columns[dialect[0]], self._columns[dialect[1]]
+        first = turns[0] if turns and isinstance(turns[0], dict) else {}
+        others = self._columns[MESSAGES[0]], self._columns[MESSAGES[1]]
+        return others if keys[0] not in first and all(key in first for key in others) else keys
 
 
 def _joined(parts: list[Any], place: str) -> tuple[str, set[str]]:

@@ -115,6 +115,7 @@ def test_the_mask_equals_generation_markers(train: Train, with_template: Any) ->
         {"prompt": "Say it.", "completion": " It."},
         {"prompt": TALK[:1], "completion": TALK[1:2]},
         {"messages": TALK[:2]},
+        {"conversations": TALK[:2]},
         {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "world"}]},
     ],
 )

@@ -52,6 +52,11 @@ def turns(*pairs: tuple[str, str]) -> tuple[Message, ...]:
             0,
         ),
         (
+            {"conversations": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+            [("user", "u"), ("assistant", "a")],
+            0,
+        ),
+        (
             {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
             [("user", "u"), ("assistant", "a")],
             0,
@@ -189,6 +194,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ({"messages": [USER | {"content": [{"type": "text"}]}]}, "messages[0].content[0].text", "not null"),
         ({"messages": [USER | {"content": []}, ANSWER]}, "messages[0].content", "must be a string, not an array"),
         ({"messages": [USER, ANSWER | {"content": [PART | {"text": ""}]}]}, "messages[1].content", "is empty"),
+        ({"conversations": [USER, {"from": "gpt", "value": "a"}]}, "conversations[1].role", "role is missing"),
+        ({"conversations": [{"role": "user"}]}, "conversations[0].from", "from is missing"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from", "unknown role 'robot'"),
         ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, "messages[1].tool_calls", "would be left out"),
         ({"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}, "messages[1].reasoning_content", "left out"),
