@@ -122,7 +122,7 @@ class RowParser:
             if not (isinstance(listed, list) and listed and isinstance(listed[-1], dict)):
                 continue
             role, content = self._turns.keys_of(listed, dialect)
-            if dialect[2].get(str(listed[-1].get(role))) != "assistant":
+            if dialect[2].get(str(listed[-1].get(role)).lower()) != "assistant":
                 given[column[turns]] = [*listed, {role: "assistant", content: "..."}]
         return given
 

@@ -11,12 +11,17 @@ import attrs
 
 from eulerforge.data.read import json_type
 
-MESSAGES = ("role", "content", {role: role for role in ("system", "user", "assistant")})
-"""Our keys for a turn's speaker and for what it says, and what each speaker is to us."""
+MESSAGES = (
+    "role", "content",
+    {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"},
+)  # fmt: skip
+"""Our keys for a turn's speaker and for what it says, and what each speaker is to us, in whatever case it is written.
+
+``developer`` is OpenAI's newer name for the system: gpt-oss's template writes both alike, most others know it not."""
 SHAREGPT = (
     "from", "value",
     {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-     "system": "system"},
+     "system": "system", "developer": "system"},
 )  # fmt: skip
 Dialect = tuple[str, str, Mapping[str, str]]
 NO_TOOLS = (
@@ -87,9 +92,10 @@ class TurnReader:
                 if needed not in turn:
                     raise BadRow(f"{needed} is missing", f"{place}.{needed}", f"it has {names_of(turn)}")
             role = text_of(turn[role_key], f"{place}.{role_key}", may_be_empty=True)
-            if role not in roles:
+            known = roles.get(role) or roles.get(role.lower())
+            if known is None:
                 raise BadRow(f"unknown role {role!r}", f"{place}.{role_key}", f"known: {', '.join(roles)}")
-            role = roles[role]
+            role = known
             if len(turn) > 2:
                 _refuse_meant(turn, place, role)
                 more = turn.keys() - {role_key, content_key, *_MARKS, *_MEANT}

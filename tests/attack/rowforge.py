@@ -59,7 +59,7 @@ def bad_lines() -> Iterator[BadLine]:
                     yield _line("turn's type", {column: _with(turns, index, {**turns[index], name: wrong})}, place)
                 rest = {key: value for key, value in turns[index].items() if key != name}
                 yield _line("turn's key missing", {column: _with(turns, index, rest)}, f"{place}.{name}")
-            for stranger in ("tool", "User", "", "assistant ", "bot", "\x1b[31m"):
+            for stranger in ("tool", "Users", "", "assistant ", "bot", "\x1b[31m"):
                 turn = {**turns[index], role: stranger}
                 yield _line("unknown role", {column: _with(turns, index, turn)}, f"{place}.{role}")
         yield _line("no assistant", {column: turns[:-1]}, column)

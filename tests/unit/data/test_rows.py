@@ -52,6 +52,14 @@ def turns(*pairs: tuple[str, str]) -> tuple[Message, ...]:
             0,
         ),
         (
+            {"messages": [{"role": "developer", "content": "s"}, {"role": "User", "content": "u"},
+                          {"role": "ASSISTANT", "content": "a"}]},
+            [("system", "s"), ("user", "u"), ("assistant", "a")],
+            0,
+        ),
+        ({"conversations": [{"from": "Human", "value": "u"}, {"from": "GPT", "value": "a"}]},
+         [("user", "u"), ("assistant", "a")], 0),
+        (
             {"conversations": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
             [("user", "u"), ("assistant", "a")],
             0,
@@ -219,6 +227,12 @@ def test_wrong_rows_are_named(data: dict[str, Any], key: str | None, message: st
     assert problem.source == "rows.jsonl:7"
     assert problem.key == key
     assert message in problem.message
+
+
+def test_the_known_roles_are_named() -> None:
+    _, bad = parse({"messages": [USER, {"role": "tool", "content": "x"}]})
+    assert bad.problems[0].hint == "known: system, developer, user, assistant"
+    assert RowParser({}).with_blank_answer({"messages": [USER, {"role": "Assistant", "content": "a"}]})["messages"][1:]
 
 
 def test_a_wrong_column_is_named_as_in_the_file() -> None:
