@@ -22,7 +22,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int4")
 
 ROW_KEYS = (
     "prompt", "response", "completion", "text", "messages", "role", "content", "conversations", "from", "value",
-    "instruction", "input", "output", "input_ids", "labels", "attention_mask",
+    "instruction", "input", "output", "system", "input_ids", "labels", "attention_mask",
 )  # fmt: skip
 """What ``data.schema`` may rename."""
 

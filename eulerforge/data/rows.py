@@ -43,8 +43,6 @@ _MEANT_OF_ROWS = {
     "history": "write all turns as messages",
 }
 _ALL_ANSWERS = "write the turns as messages, where every answer is trained"
-_SYSTEM = "system"
-"""The column with a row's own system prompt."""
 IGNORED = -100
 _KINDS_KEPT = 256
 _UNREAD_SHOWN = 20
@@ -138,8 +136,9 @@ class RowParser:
             self._seen[names] += 1
         if kind == "text":
             return TextRow(text=self._string(data, "text"), place=row.place, where=row.where)
+        system = self._columns["system"]
         for column, hint in _MEANT_OF_ROWS.items():
-            if says_something(data.get(column)) and column not in self._read_of(kind):
+            if says_something(data.get(column)) and column != system and column not in self._read_of(kind):
                 raise BadRow("would be left out", column, hint)
         separator, named = "\n\n", kind
         if kind in _DIALECTS:
@@ -157,8 +156,8 @@ class RowParser:
             given = "" if data.get(self._columns["input"]) is None else self._string(data, "input", may_be_empty=True)
             prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
             messages = (Message("user", prompt), Message("assistant", self._string(data, "output")))
-        if says_something(data.get(_SYSTEM)) and _SYSTEM not in self._read_of(kind):
-            messages = self._with_system(data[_SYSTEM], messages)
+        if says_something(data.get(system)) and system not in self._read_of(kind):
+            messages = _with_system(data[system], messages, system)
         return ChatRow(messages=messages, separator=separator, kind=named, place=row.place, where=row.where)
 
     def _is_conversation(self, data: Mapping[str, Any], kind: str) -> bool:
@@ -175,22 +174,13 @@ class RowParser:
             raise BadRow(f"must be one turn, the answer, not {len(behind)}", answer, _ALL_ANSWERS)
         return before + behind
 
-    @staticmethod
-    def _with_system(system: Any, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        """The row's own system prompt in front, as instruction files and conversations have it in a column."""
-        if not isinstance(system, str):
-            raise BadRow(f"must be a string, not {json_type(system)}", _SYSTEM)
-        if messages[0].role == "system":
-            raise BadRow("there is a system turn too", _SYSTEM, "take one of them out")
-        return (Message("system", system), *messages)
-
     def unread(self) -> dict[str, int]:
         """Columns and keys of turns that no kind reads, and in how many rows since the last call."""
         found: Counter[str] = Counter()
         for names, rows in self._seen.items():
             kind = self._kinds[names]
             if kind is not None:
-                read = self._read_of(kind) | (set() if kind == "text" else {_SYSTEM})
+                read = self._read_of(kind) | (set() if kind == "text" else {self._columns["system"]})
                 found.update({name: rows for name in names if name not in read})
         found += self._turns.extra
         self._seen.clear()
@@ -273,3 +263,10 @@ class RowParser:
         if mask != [1] * kept + [0] * (length - kept) or not kept:
             raise BadRow("must be ones, then zeros for padding at the end", column)
         return kept
+
+
+def _with_system(system: Any, messages: tuple[Message, ...], column: str) -> tuple[Message, ...]:
+    """The row's own system prompt in front, as instruction files and conversations have it in a column."""
+    if messages[0].role == "system":
+        raise BadRow("there is a system turn too", column, "take one of them out")
+    return (Message("system", text_of(system, column)), *messages)

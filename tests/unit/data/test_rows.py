@@ -130,6 +130,22 @@ def test_a_system_column_is_the_first_turn(data: dict[str, Any]) -> None:
     assert row.messages == turns(("system", "be brief"), ("user", "u"), ("assistant", "a"))
 
 
+def test_the_system_column_may_have_another_name() -> None:
+    assert not list(DataConfig(schema={"system": "system_prompt"}).check())
+    given = {"prompt": "u", "response": "a", "system_prompt": "be brief", "system": "not asked for"}
+    row, bad = parse(given, {"system": "system_prompt"})
+    assert not bad.problems
+    assert isinstance(row, ChatRow)
+    assert row.messages == turns(("system", "be brief"), ("user", "u"), ("assistant", "a"))
+    parser = RowParser({"system": "history"})
+    row = parser.parse(SourceRow({"prompt": "u", "response": "a", "history": "s"}, 1, "f:1"), bad)
+    assert isinstance(row, ChatRow)
+    assert row.messages[0] == Message("system", "s")
+    assert parser.unread() == {}
+    _, bad = parse({"prompt": "u", "response": "a", "system_prompt": 3}, {"system": "system_prompt"})
+    assert (bad.problems[0].key, bad.problems[0].message) == ("system_prompt", "must be a string, not a number")
+
+
 def test_a_column_that_is_mapped_is_read() -> None:
     row, _ = parse({"system": "q", "tools": "a"}, {"prompt": "system", "response": "tools"})
     assert isinstance(row, ChatRow)
