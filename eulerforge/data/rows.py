@@ -35,6 +35,14 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("instruction/output", ("instruction", "output")),
     ("text", ("text",)),
 )
+_OPTIONAL = {"instruction/output": ("input",)}
+_OTHER_NAMES = {
+    "prompt": ("question", "query", "instruction"),
+    "response": ("answer", "output"),
+    "input": ("context",),
+    "output": ("response", "answer", "completion"),
+}
+"""How other tools' files name what a key holds."""
 _DIALECTS = {"messages": MESSAGES, "conversations": SHAREGPT}
 _PAIRS = {"prompt/response": "response", "prompt/completion": "completion"}
 _MEANT_OF_ROWS = {
@@ -153,7 +161,9 @@ class RowParser:
             )
         else:
             instruction = self._string(data, "instruction")
-            given = "" if data.get(self._columns["input"]) is None else self._string(data, "input", may_be_empty=True)
+            mapped = self._columns["input"] == self._columns["instruction"]  # a column says its text once
+            none = mapped or data.get(self._columns["input"]) is None
+            given = "" if none else self._string(data, "input", may_be_empty=True)
             prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
             messages = (Message("user", prompt), Message("assistant", self._string(data, "output")))
         if says_something(data.get(system)) and system not in self._read_of(kind):
@@ -190,7 +200,7 @@ class RowParser:
     def _read_of(self, kind: str) -> set[str]:
         """The columns that rows of a kind have."""
         keys = dict(_KINDS)[kind]
-        return {self._columns[key] for key in (*keys, *(("input",) if kind == "instruction/output" else ()))}
+        return {self._columns[key] for key in (*keys, *_OPTIONAL.get(kind, ()))}
 
     def _kind_of(self, names: Collection[str]) -> str | None:
         return next((kind for kind, keys in _KINDS if all(self._columns[key] in names for key in keys)), None)
@@ -200,16 +210,20 @@ class RowParser:
         return text_of(data[column], column, may_be_empty=may_be_empty)
 
     def _no_kind(self, data: Mapping[str, Any]) -> BadRow:
-        """The most helpful thing to say of an object that is no row: the missing half, else all kinds."""
-        for _, keys in _KINDS:
-            missing = [self._columns[key] for key in keys if self._columns[key] not in data]
-            if len(missing) < len(keys):
-                ours = next(key for key in keys if self._columns[key] == missing[0])
-                others = [name for name in data if name not in {self._columns[key] for key in keys}]
-                hint = f"map the file's column: --set data.schema.{ours}=COLUMN" + (
-                    f" (this row also has {names_of(others)})" if others else ""
-                )
-                return BadRow("is missing", missing[0], hint)
+        """The most helpful thing to say of an object that is no row: what its nearest kind misses, else all kinds.
+
+        The nearest kind is one that is whole once columns are mapped, and takes most of the row's columns.
+        """
+        best, nearest = (False, 0, 0), ""
+        for kind, keys in _KINDS:
+            mapped, known = self._mapped(data, kind), [*keys, *_OPTIONAL.get(kind, ())]
+            there = [key for key in known if self._columns[key] in data]
+            whole = all(key in there or key in mapped for key in keys)
+            score = (whole, len(there) + len(mapped), min(len(data), len(known)))
+            if score > best and (whole or set(there) & set(keys)):
+                best, nearest = score, kind
+        if nearest:
+            return self._half(data, nearest)
         if self._columns["input_ids"] in data:
             return BadRow("the row holds token ids", self._columns["input_ids"], "--set data.format=processed")
         return BadRow(
@@ -217,6 +231,31 @@ class RowParser:
             hint="rows are {prompt, response}, {text}, {messages}, {instruction, input, output} or {conversations}; "
             "map other names, such as --set data.schema.prompt=question",
         )
+
+    def _mapped(self, data: Mapping[str, Any], kind: str) -> dict[str, str]:
+        """Keys of a kind that the row lacks, and its columns that are named as other tools name these."""
+        keys = (*dict(_KINDS)[kind], *_OPTIONAL.get(kind, ()))
+        free = [name for name in data if name not in self._read_of(kind)]
+        named = {key: next((name for name in _OTHER_NAMES.get(key, ()) if name in free), "") for key in keys}
+        return {key: name for key, name in named.items() if name and self._columns[key] not in data}
+
+    def _half(self, data: Mapping[str, Any], kind: str) -> BadRow:
+        """What to say of a row that has a part of a kind's columns."""
+        missing = next(key for key in dict(_KINDS)[kind] if self._columns[key] not in data)
+        others = [name for name in data if name not in self._read_of(kind)]
+        if mapped := self._mapped(data, kind):
+            options = " ".join(f"--set data.schema.{key}={name}" for key, name in mapped.items())
+            hint = f"map the file's columns: {options}"
+        elif missing == "instruction" and not others:
+            options = " ".join(
+                f"--set data.schema.{key}={self._columns[ours]}"
+                for key, ours in (("prompt", "input"), ("response", "output"))
+            )
+            hint = f"a row of a question and its answer alone: {options}"
+        else:
+            hint = f"map the file's column: --set data.schema.{missing}=COLUMN"
+            hint += f" (this row also has {names_of(others)})" if others else ""
+        return BadRow("is missing", self._columns[missing], hint)
 
     def _token_row(self, row: SourceRow) -> ProcessedRow:
         ids = self._integers(row.data, "input_ids")

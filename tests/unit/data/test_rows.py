@@ -130,6 +130,12 @@ def test_a_system_column_is_the_first_turn(data: dict[str, Any]) -> None:
     assert row.messages == turns(("system", "be brief"), ("user", "u"), ("assistant", "a"))
 
 
+def test_an_input_that_is_the_instruction_is_not_said_twice() -> None:
+    row, _ = parse({"input": "q", "output": "a"}, {"instruction": "input"})
+    assert isinstance(row, ChatRow)
+    assert row.messages == turns(("user", "q"), ("assistant", "a"))
+
+
 def test_the_system_column_may_have_another_name() -> None:
     assert not list(DataConfig(schema={"system": "system_prompt"}).check())
     given = {"prompt": "u", "response": "a", "system_prompt": "be brief", "system": "not asked for"}
@@ -243,6 +249,31 @@ def test_wrong_rows_are_named(data: dict[str, Any], key: str | None, message: st
     assert problem.source == "rows.jsonl:7"
     assert problem.key == key
     assert message in problem.message
+
+
+@pytest.mark.parametrize(
+    ("columns", "missing", "hint"),
+    [
+        (("instruction", "context", "response", "category"), "output", {"output": "response", "input": "context"}),
+        (("instruction", "response"), "prompt", {"prompt": "instruction"}),
+        (("instruction", "input", "response"), "output", {"output": "response"}),
+        (("input", "output"), "instruction", {"prompt": "input", "response": "output"}),
+        (("id", "question", "answer"), "prompt", {"prompt": "question", "response": "answer"}),
+    ],
+)
+def test_the_hint_maps_the_columns_that_other_tools_files_have(
+    columns: tuple[str, ...], missing: str, hint: dict[str, str]
+) -> None:
+    data = dict.fromkeys(columns, "x")
+    _, bad = parse(data)
+    (problem,) = bad.problems
+    assert (problem.key, problem.message) == (missing, "is missing")
+    assert {part.split("=")[0]: part.split("=")[1] for part in str(problem.hint).split("--set data.schema.")[1:]} == {
+        key: name + " " * (key != list(hint)[-1]) for key, name in hint.items()
+    }
+    row, bad = parse(data, hint)
+    assert isinstance(row, ChatRow)
+    assert not bad.problems
 
 
 def test_the_known_roles_are_named() -> None:
