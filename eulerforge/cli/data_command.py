@@ -29,9 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the preview. Raises DataError for bad rows and ConfigError for a bad preset."""
-    from eulerforge.cli.output import colour_wanted, emit_json, tell
+    import attrs
+
+    from eulerforge.cli.output import colour_wanted, emit_json, tell, warn
     from eulerforge.cli.plugin_options import registry_from
     from eulerforge.cli.train_config import load_from_args
+    from eulerforge.data.parity import check_parity
     from eulerforge.data.prepared import build_dataset
     from eulerforge.data.preview import preview_rows
     from eulerforge.errors import DataError
@@ -43,6 +46,11 @@ def run(args: argparse.Namespace) -> int:
     rows = datasets.validation if args.validation else datasets.train
     if rows is None:
         raise DataError("nothing is held out", key="data.validation", hint="--set data.validation.fraction=0.1")
+    try:
+        check_parity(datasets, config.data, tokenizer)
+    except DataError as error:
+        for problem in error.problems:
+            warn(attrs.evolve(problem, message=f"train refuses these rows: {problem.message}"))
     previews = preview_rows(rows, tokenizer, args.rows)
     if args.json:
         emit_json({"report": datasets.report.to_json(), "rows": [preview.to_json() for preview in previews]})

@@ -60,6 +60,19 @@ def test_held_out_rows(command: list[str], capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.count("trained\n") == 1
 
 
+def test_rows_that_training_refuses_are_shown_with_a_warning(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "response": "one two three four"}\n' * 3)
+    assert main([*command, "--set", "data.max_length=30", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["data"]["rows"]) == 3
+    assert "data.max_length: train refuses these rows: cut answer: 3 of 3 rows" in err
+    assert "hint: --set data.max_length=" in err
+    assert main(command) == 0
+    assert "train refuses" not in capsys.readouterr().err
+
+
 def test_bad_rows_are_named(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "response": "two"}\n\n{"prompt": 1, "response": "x"}\n')
     assert main(command) == 2
