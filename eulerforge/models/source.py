@@ -15,6 +15,8 @@ from eulerforge.errors import ModelError, first_line
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 HUB_COPIES = ("consolidated*.safetensors", "original/*")
 """Weights in a second form, beside those that transformers reads."""
+RUN_FILE, MANIFEST = "resolved_config.toml", "manifest.json"
+"""What a run's folder holds, and each of its checkpoints."""
 MOST_CAUSES = 10
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -79,10 +81,18 @@ def _checked(folder: Path, model_name: str, *, pickles_left: bool = False) -> Pa
 
 def no_config(model_name: str, folder: Path) -> ModelError:
     """The error for a folder that holds no model."""
+    what = "the folder has no config.json"
     hint = "give the folder of a Hugging Face model: config.json, tokenizer files and safetensors"
     if (folder / "adapter_config.json").exists():
-        hint = "it holds a PEFT adapter: give the base that it belongs to"
-    return ModelError(f"{model_name}: the folder has no config.json", key="model_name", hint=hint)
+        what = "the folder holds a PEFT adapter, no model"
+        hint = "give the base that it belongs to, or a folder into which it was merged"
+    elif (folder / RUN_FILE).is_file():
+        what = "the folder is a run of EulerForge, no model"
+        hint = f"eulerforge merge {folder} makes a model to go on from"
+    elif (folder / MANIFEST).is_file() and (folder.resolve().parent / RUN_FILE).is_file():
+        what = "the folder is a checkpoint of a run of EulerForge, no model"
+        hint = f"eulerforge merge {folder} makes a model to go on from"
+    return ModelError(f"{model_name}: {what}", key="model_name", hint=hint)
 
 
 def _from_hub(model_name: str, revision: str | None) -> Path:

@@ -120,6 +120,26 @@ def test_a_missing_tensor_is_an_error_not_random_numbers(tmp_path: Path) -> None
         load_model(run_config(tmp_path), device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("files", "given", "what", "way_out"),
+    [
+        (("resolved_config.toml",), "", "is a run of EulerForge, no model", "eulerforge merge"),
+        (("resolved_config.toml", "final/manifest.json"), "final", "is a checkpoint of a run", "eulerforge merge"),
+        (("adapter_config.json",), "", "holds a PEFT adapter, no model", "give the base"),
+        (("resolved_config.toml", "logs/x"), "logs", "has no config.json", "give the folder of a Hugging Face model"),
+    ],
+)
+def test_a_folder_that_training_wrote_is_told_from_a_model(
+    tmp_path: Path, files: tuple[str, ...], given: str, what: str, way_out: str
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    with pytest.raises(ModelError, match=what) as caught:
+        resolve_source(str(tmp_path / given))
+    assert str(caught.value.problems[0].hint).startswith(way_out)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "config", "no weights", "pickle", "tokenizer"])
 def test_a_damaged_folder_is_named(tmp_path: Path, damage: str) -> None:
     save_tiny(tmp_path)
