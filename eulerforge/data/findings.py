@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from eulerforge.data.read import place_text
+from eulerforge.data.read import place_text, places_text
 from eulerforge.data.rows import Row
 from eulerforge.data.tokenized import RowChunk
 from eulerforge.errors import Problem
@@ -45,13 +45,7 @@ class Finding:
 
     def places(self) -> str:
         """``lines 3, 9 of rows.jsonl and 40 more``."""
-        lines: dict[str, list[str]] = {}
-        for source in self.first:
-            file, _, line = source.rpartition(":")
-            lines.setdefault(file, []).append(line)
-        named = [f"line{'s' * (len(of) > 1)} {', '.join(of)} of {file}" for file, of in lines.items()]
-        rest = self.count - len(self.first)
-        return ", ".join(named) + (f" and {rest:,} more" if rest else "")
+        return places_text(self.first, self.count)
 
 
 class RowFindings:

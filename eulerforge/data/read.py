@@ -8,7 +8,9 @@ A bad row does not stop the reading: it is noted in BadRows, and all that were f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -17,8 +19,12 @@ from eulerforge.data.files import DataFile
 from eulerforge.errors import DataError, EulerForgeError, Problem
 
 SHOWN_PROBLEMS = 20
+SHOWN_ALIKE = 5
+"""Rows with the same fault that are shown in full; of the others lines are named, as many again."""
 MEND = "mend that row, or delete it"
 """The hint where nothing nearer is known."""
+_Fault = tuple[str, str | None, str]
+_NUMBER = re.compile(r"\[[0-9]+\]")
 _DECODE = json.JSONDecoder().raw_decode
 _LINE_ENDS = ("\n", "", "\r\n")
 _BOM = b"\xef\xbb\xbf"
@@ -55,17 +61,36 @@ def rows_before(place: int) -> int:
     return (place >> _LINE_BITS or place & _LINE) - 1
 
 
+def places_text(sources: Sequence[str], count: int) -> str:
+    """``lines 3, 9 of rows.jsonl and 40 more``, of ``count`` sources the first of which are given."""
+    lines: dict[str, list[str]] = {}
+    for source in sources:
+        file, _, line = source.rpartition(":")
+        lines.setdefault(file, []).append(line)
+    named = [f"line{'s' * (len(of) > 1)} {', '.join(of)} of {file}" for file, of in lines.items()]
+    rest = count - len(sources)
+    return ", ".join(named) + (f" and {rest:,} more" if rest else "")
+
+
 class BadRows:
-    """Collects what is wrong with rows; keeps the first 20 and counts the rest."""
+    """Collects what is wrong with rows; keeps the first 20, 5 of a kind, and counts the rest."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
         self.total = 0
+        self._shown: Counter[_Fault] = Counter()
+        self._alike: dict[_Fault, tuple[int, list[str]]] = {}
 
     def add(self, source: str, message: str, *, key: str | None = None, hint: str | None = None) -> None:
         self.total += 1
-        if len(self.problems) < SHOWN_PROBLEMS:
-            self.problems.append(Problem(message=message, source=source, key=key, hint=hint or MEND))
+        hint = hint or MEND
+        fault = message, key and _NUMBER.sub("[]", key), hint
+        if self._shown[fault] >= SHOWN_ALIKE:
+            count, sources = self._alike.get(fault, (0, []))
+            self._alike[fault] = (count + 1, sources if len(sources) >= SHOWN_ALIKE else [*sources, source])
+        elif len(self.problems) < SHOWN_PROBLEMS:
+            self._shown[fault] += 1
+            self.problems.append(Problem(message=message, source=source, key=key, hint=hint))
 
     def raise_if_any(self) -> None:
         """Raise :meth:`error` when there is anything to say."""
@@ -75,8 +100,12 @@ class BadRows:
     def error(self) -> EulerForgeError:
         """One DataError with every kept problem, and how many more there are."""
         shown = list(self.problems)
-        if self.total > len(shown):
-            more = f"{self.total - len(shown):,} more problems like these are not shown"
+        for (message, key, hint), (count, sources) in self._alike.items():
+            more = f"{message}: {count:,} more row{'s' * (count > 1)} like these: {places_text(sources, count)}"
+            shown.append(Problem(message=more, key=key, hint=hint))
+        rest = self.total - len(self.problems) - sum(count for count, _ in self._alike.values())
+        if rest:
+            more = f"{rest:,} more problems like these are not shown"
             shown.append(Problem(message=more, hint="mend the kinds that are shown, then look again"))
         return DataError.of(shown)
 

@@ -106,8 +106,22 @@ def test_an_array_in_a_lines_file_is_told_how_to_be_named(tmp_path: Path) -> Non
     assert bad.problems[0].hint == "a file that is one JSON array must be named .json"
 
 
+def test_five_problems_of_a_kind_are_shown_and_of_the_others_lines(tmp_path: Path) -> None:
+    _, bad = read(write(tmp_path, b"x\n" * 1025 + b"3\n" + b"4\n" * 5))
+    with pytest.raises(DataError) as caught:
+        bad.raise_if_any()
+    problems = caught.value.problems
+    shown = [f"rows.jsonl:{line}" for line in (1, 2, 3, 4, 5, 1026, 1027, 1028, 1029, 1030)]
+    assert [problem.source for problem in problems[:-2]] == shown
+    syntax = "not valid JSON: Expecting value at column 1"
+    assert problems[0].message == syntax
+    more = "1,020 more rows like these: lines 6, 7, 8, 9, 10 of rows.jsonl and 1,015 more"
+    assert (problems[-2].message, problems[-2].hint) == (f"{syntax}: {more}", problems[0].hint)
+    assert problems[-1].message.endswith("1 more row like these: line 1031 of rows.jsonl")
+
+
 def test_twenty_problems_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
-    _, bad = read(write(tmp_path, b"x\n" * 1025))
+    _, bad = read(write(tmp_path, b"".join(b" " * number + b"x\n" for number in range(1025))))
     with pytest.raises(DataError) as caught:
         bad.raise_if_any()
     problems = caught.value.problems
