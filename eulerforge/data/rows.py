@@ -151,14 +151,16 @@ class RowParser:
         separator, named = "\n\n", kind
         if kind in _DIALECTS:
             messages = self._turns.read(data[self._columns[kind]], self._columns[kind], _DIALECTS[kind])
-        elif kind in _PAIRS and self._is_conversation(data, kind):
-            named, messages = "messages", self._pair_of_turns(data, self._columns[_PAIRS[kind]])
-        elif kind in _PAIRS:
-            separator = ""
-            messages = (
-                Message("user", self._string(data, "prompt", may_be_empty=True)),
-                Message("assistant", self._string(data, _PAIRS[kind])),
-            )
+        elif (answer := _PAIRS.get(kind)) is not None:
+            behind = self._columns[answer]
+            if isinstance(data[behind], list) and isinstance(data[self._columns["prompt"]], list):
+                named, messages = "messages", self._pair_of_turns(data, behind)
+            else:
+                separator = ""
+                messages = (
+                    Message("user", self._string(data, "prompt", may_be_empty=True)),
+                    Message("assistant", text_of(data[behind], behind)),
+                )
         else:
             instruction = self._string(data, "instruction")
             mapped = self._columns["input"] == self._columns["instruction"]  # a column says its text once
@@ -169,9 +171,6 @@ class RowParser:
         if says_something(data.get(system)) and system not in self._read_of(kind):
             messages = _with_system(data[system], messages, system)
         return ChatRow(messages=messages, separator=separator, kind=named, place=row.place, where=row.where)
-
-    def _is_conversation(self, data: Mapping[str, Any], kind: str) -> bool:
-        return all(isinstance(data[self._columns[key]], list) for key in ("prompt", _PAIRS[kind]))
 
     def _pair_of_turns(self, data: Mapping[str, Any], answer: str) -> tuple[Message, ...]:
         """A prompt and a completion of turns, as TRL has them: the prompt is not trained, whoever speaks in it."""
