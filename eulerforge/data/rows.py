@@ -1,4 +1,4 @@
-"""The row kinds: what a JSON object must hold to be a training row, and what is wrong with it otherwise.
+"""Rows: what a JSON object must hold to be a training row, and what is wrong with it otherwise.
 
 Every kind becomes one of three values: messages (prompt/response, alpaca and ShareGPT rows too), plain text, or token
 ids. Kinds may be mixed in a file. ``data.schema`` maps our key to the file's column: ``{"prompt": "question"}``.
@@ -7,12 +7,13 @@ ids. Kinds may be mixed in a file. ``data.schema`` maps our key to the file's co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
 from eulerforge.config.schema import ROW_KEYS
+from eulerforge.data.kinds import columns_of, kind_of, no_kind
 from eulerforge.data.read import BadRows, SourceRow, json_type
 from eulerforge.data.turns import (
     MESSAGES,
@@ -21,28 +22,10 @@ from eulerforge.data.turns import (
     BadRow,
     Message,
     TurnReader,
-    names_of,
     says_something,
     text_of,
 )
 
-# The keys that a kind needs, most telling first; the first kind whose keys are all there wins.
-_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("messages", ("messages",)),
-    ("conversations", ("conversations",)),
-    ("prompt/response", ("prompt", "response")),
-    ("prompt/completion", ("prompt", "completion")),
-    ("instruction/output", ("instruction", "output")),
-    ("text", ("text",)),
-)
-_OPTIONAL = {"instruction/output": ("input",)}
-_OTHER_NAMES = {
-    "prompt": ("question", "query", "instruction"),
-    "response": ("answer", "output"),
-    "input": ("context",),
-    "output": ("response", "answer", "completion"),
-}
-"""How other tools' files name what a key holds."""
 _DIALECTS = {"messages": MESSAGES, "conversations": SHAREGPT}
 _PAIRS = {"prompt/response": "response", "prompt/completion": "completion"}
 _MEANT_OF_ROWS = {
@@ -117,7 +100,7 @@ class RowParser:
     def with_blank_answer(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The object with a stand-in for the answer that a prompt does not have yet."""
         column = self._columns
-        given, kind = dict(data), self._kind_of(data)
+        given, kind = dict(data), kind_of(data, self._columns)
         for asked, answer in (*(("prompt", answer) for answer in _PAIRS.values()), ("instruction", "output")):
             # a row that is whole keeps its kind, whatever other columns it has
             if column[asked] in given and kind in (None, f"{asked}/{answer}"):
@@ -136,17 +119,17 @@ class RowParser:
         data = row.data
         names = tuple(data)
         if names not in self._kinds and len(self._kinds) < _KINDS_KEPT:
-            self._kinds[names] = self._kind_of(names)
-        kind = self._kinds[names] if names in self._kinds else self._kind_of(names)
+            self._kinds[names] = kind_of(names, self._columns)
+        kind = self._kinds[names] if names in self._kinds else kind_of(names, self._columns)
         if kind is None:
-            raise self._no_kind(data)
+            raise no_kind(data, self._columns)
         if names in self._kinds:
             self._seen[names] += 1
         if kind == "text":
             return TextRow(text=self._string(data, "text"), place=row.place, where=row.where)
         system = self._columns["system"]
         for column, hint in _MEANT_OF_ROWS.items():
-            if says_something(data.get(column)) and column != system and column not in self._read_of(kind):
+            if says_something(data.get(column)) and column != system and column not in columns_of(kind, self._columns):
                 raise BadRow("would be left out", column, hint)
         separator, named = "\n\n", kind
         if kind in _DIALECTS:
@@ -168,7 +151,7 @@ class RowParser:
             given = "" if none else self._string(data, "input", may_be_empty=True)
             prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
             messages = (Message("user", prompt), Message("assistant", self._string(data, "output")))
-        if says_something(data.get(system)) and system not in self._read_of(kind):
+        if says_something(data.get(system)) and system not in columns_of(kind, self._columns):
             messages = _with_system(data[system], messages, system)
         return ChatRow(messages=messages, separator=separator, kind=named, place=row.place, where=row.where)
 
@@ -189,72 +172,16 @@ class RowParser:
         for names, rows in self._seen.items():
             kind = self._kinds[names]
             if kind is not None:
-                read = self._read_of(kind) | (set() if kind == "text" else {self._columns["system"]})
+                read = columns_of(kind, self._columns) | (set() if kind == "text" else {self._columns["system"]})
                 found.update({name: rows for name in names if name not in read})
         found += self._turns.extra
         self._seen.clear()
         self._turns.extra.clear()
         return dict(found.most_common(_UNREAD_SHOWN))
 
-    def _read_of(self, kind: str) -> set[str]:
-        """The columns that rows of a kind have."""
-        keys = dict(_KINDS)[kind]
-        return {self._columns[key] for key in (*keys, *_OPTIONAL.get(kind, ()))}
-
-    def _kind_of(self, names: Collection[str]) -> str | None:
-        return next((kind for kind, keys in _KINDS if all(self._columns[key] in names for key in keys)), None)
-
     def _string(self, data: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:
         column = self._columns[key]
         return text_of(data[column], column, may_be_empty=may_be_empty)
-
-    def _no_kind(self, data: Mapping[str, Any]) -> BadRow:
-        """The most helpful thing to say of an object that is no row: what its nearest kind misses, else all kinds.
-
-        The nearest kind is one that is whole once columns are mapped, and takes most of the row's columns.
-        """
-        best, nearest = (False, 0, 0), ""
-        for kind, keys in _KINDS:
-            mapped, known = self._mapped(data, kind), [*keys, *_OPTIONAL.get(kind, ())]
-            there = [key for key in known if self._columns[key] in data]
-            whole = all(key in there or key in mapped for key in keys)
-            score = (whole, len(there) + len(mapped), min(len(data), len(known)))
-            if score > best and (whole or set(there) & set(keys)):
-                best, nearest = score, kind
-        if nearest:
-            return self._half(data, nearest)
-        if self._columns["input_ids"] in data:
-            return BadRow("the row holds token ids", self._columns["input_ids"], "--set data.format=processed")
-        return BadRow(
-            f"no known row kind; it has {names_of(data) or 'no keys'}",
-            hint="rows are {prompt, response}, {text}, {messages}, {instruction, input, output} or {conversations}; "
-            "map other names, such as --set data.schema.prompt=question",
-        )
-
-    def _mapped(self, data: Mapping[str, Any], kind: str) -> dict[str, str]:
-        """Keys of a kind that the row lacks, and its columns that are named as other tools name these."""
-        keys = (*dict(_KINDS)[kind], *_OPTIONAL.get(kind, ()))
-        free = [name for name in data if name not in self._read_of(kind)]
-        named = {key: next((name for name in _OTHER_NAMES.get(key, ()) if name in free), "") for key in keys}
-        return {key: name for key, name in named.items() if name and self._columns[key] not in data}
-
-    def _half(self, data: Mapping[str, Any], kind: str) -> BadRow:
-        """What to say of a row that has a part of a kind's columns."""
-        missing = next(key for key in dict(_KINDS)[kind] if self._columns[key] not in data)
-        others = [name for name in data if name not in self._read_of(kind)]
-        if mapped := self._mapped(data, kind):
-            options = " ".join(f"--set data.schema.{key}={name}" for key, name in mapped.items())
-            hint = f"map the file's columns: {options}"
-        elif missing == "instruction" and not others:
-            options = " ".join(
-                f"--set data.schema.{key}={self._columns[ours]}"
-                for key, ours in (("prompt", "input"), ("response", "output"))
-            )
-            hint = f"a row of a question and its answer alone: {options}"
-        else:
-            hint = f"map the file's column: --set data.schema.{missing}=COLUMN"
-            hint += f" (this row also has {names_of(others)})" if others else ""
-        return BadRow("is missing", self._columns[missing], hint)
 
     def _token_row(self, row: SourceRow) -> ProcessedRow:
         ids = self._integers(row.data, "input_ids")

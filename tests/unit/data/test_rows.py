@@ -276,6 +276,19 @@ def test_the_hint_maps_the_columns_that_other_tools_files_have(
     assert not bad.problems
 
 
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        (("output",), "--set data.schema.instruction=COLUMN"),
+        (("instruction", "context"), "--set data.schema.output=COLUMN (this row also has context)"),
+        (("input", "output", "task"), "--set data.schema.instruction=COLUMN (this row also has task)"),
+    ],
+)
+def test_a_column_that_cannot_be_guessed_is_asked_for(columns: tuple[str, ...], hint: str) -> None:
+    _, bad = parse(dict.fromkeys(columns, "x"))
+    assert bad.problems[0].hint == f"map the file's column: {hint}"
+
+
 def test_the_known_roles_are_named() -> None:
     _, bad = parse({"messages": [USER, {"role": "tool", "content": "x"}]})
     assert bad.problems[0].hint == "known: system, developer, user, assistant"
