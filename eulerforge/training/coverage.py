@@ -13,7 +13,13 @@ from eulerforge.config.schema import RunConfig
 from eulerforge.errors import EulerForgeError
 from eulerforge.lora.apply import Injected, apply_injection
 from eulerforge.models.meta import meta_model
-from eulerforge.training.phases import PhasePlan, plan_phases, refuse_untrained_bases, resolve_groups
+from eulerforge.training.phases import (
+    PhasePlan,
+    plan_phases,
+    refuse_untrained_adapters,
+    refuse_untrained_bases,
+    resolve_groups,
+)
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -23,13 +29,14 @@ def inject_and_plan(config: RunConfig, registry: Registry, model: Any) -> tuple[
     """Inject into ``model`` in place, resolve the phase groups and plan the phases.
 
     Raises:
-        EulerForgeError: what the four functions raise that are called here.
+        EulerForgeError: what the five functions raise that are called here.
     """
     injected = apply_injection(config, registry, model)
     groups = resolve_groups(model, injected.adapter, injected.report, registry.phase_resolvers())
     layer_names = tuple(dict.fromkeys(site.path.rpartition(".")[2] for site in injected.report.sites))
     planned = plan_phases(config.training, groups, injected.report, layer_names=layer_names)
     refuse_untrained_bases(model, planned)
+    refuse_untrained_adapters(injected.report, planned)
     return injected, groups, planned
 
 

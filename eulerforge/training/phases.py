@@ -12,10 +12,10 @@ from typing import Any
 import attrs
 from torch import nn
 
-from eulerforge.api import BackboneAdapter, InjectionReport
+from eulerforge.api import BackboneAdapter, InjectionReport, SiteReport
 from eulerforge.config.phase_checks import phase_problems
 from eulerforge.config.schema import TrainingConfig
-from eulerforge.errors import ConfigError, EulerForgeError, ModelError, PluginError
+from eulerforge.errors import ConfigError, EulerForgeError, ModelError, PluginError, Problem
 from eulerforge.lora.wrap import adapted_modules
 
 Groups = Mapping[str, tuple[str, ...]]
@@ -156,6 +156,28 @@ def refuse_untrained_bases(model: nn.Module, plan: PhasePlan) -> None:
                     hint=f"take {group} out of training.phases, or the keywords of {path.rpartition('.')[2]} out of"
                     " injection.target_keywords",
                 )
+
+
+def refuse_untrained_adapters(report: InjectionReport, plan: PhasePlan) -> None:
+    """Raises ConfigError where adapters train in no phase: they would cost memory and change nothing."""
+    trained = set(plan.trained_names)
+    idle: dict[str, list[SiteReport]] = {}
+    for site in report.sites:
+        if trained.isdisjoint(site.parameters):
+            idle.setdefault(site.group, []).append(site)
+    problems = []
+    for group, sites in idle.items():
+        keywords = ", ".join(dict.fromkeys(site.keyword for site in sites))
+        problems.append(
+            Problem(
+                key="training.phases",
+                message=f"no phase trains the group {group}: its {len(sites):,} adapters ({keywords}) would stay as"
+                " they begin, without effect",
+                hint=f"add {group} to the trainable of a phase, or take {keywords} out of the keywords of injection",
+            )
+        )
+    if problems:
+        raise ConfigError.of(problems)
 
 
 def _refuse_overlap(groups: Groups) -> None:

@@ -103,7 +103,7 @@ def test_a_phased_run_equals_a_plain_loop_over_the_same_rows(run: Path) -> None:
 
 def test_base_weights_train_when_a_phase_names_them_and_only_then(tmp_path: Path) -> None:
     tinyrun.prepare(tmp_path)
-    phases = [{"step": 0, "trainable": ["lora"]}, {"step": 2, "trainable": ["base_ffn"]}]
+    phases = [{"step": 0, "trainable": ["lora", "attn_lora"]}, {"step": 2, "trainable": ["base_ffn"]}]
     changes = {"training__phases": phases, "training__max_train_steps": 4, "training__save_steps": 2}
     assert main(tinyrun.arguments(tmp_path, **changes)) == 0
     base = load_file(tmp_path / "base" / "model.safetensors")

@@ -138,7 +138,10 @@ def test_final_holds_the_quantized_base_and_it_reopens(trained: tuple[Path, str,
 
 def test_base_weights_cannot_train_in_a_quantized_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tinyrun.prepare(tmp_path, **SIZES)
-    settings = {"model__load_precision__mode": "int4", "training__phases": [{"step": 0, "trainable": ["base_ffn"]}]}
+    settings = {
+        "model__load_precision__mode": "int4",
+        "training__phases": [{"step": 0, "trainable": ["lora", "attn_lora", "base_ffn"]}],
+    }
     assert main(tinyrun.arguments(folder, **settings)) == 2
     assert "base weights train in fp32 only" in capsys.readouterr().err
 

@@ -218,13 +218,13 @@ def test_rank_0_would_be_identity(tutorial: Command, capsys: pytest.CaptureFixtu
 
 
 def test_router_in_trainable_is_a_warning(tutorial: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    phases = '--set=training.phases=[{step = 0, trainable = ["lora", "router"]}]'
+    phases = '--set=training.phases=[{step = 0, trainable = ["lora", "attn_lora", "router"]}]'
     assert tutorial(VALIDATE, phases) == 0
     shown = capsys.readouterr().err
     assert "warning: " in shown
     assert "dense_lora typically has no router params" in shown
     assert tutorial(BASIC, phases, steps=1) == 0
-    assert set(tinyrun.metrics(RUN)[0]["phase"]) == {"lora", "router"}
+    assert set(tinyrun.metrics(RUN)[0]["phase"]) == {"lora", "attn_lora", "router"}
 
 
 def test_an_injection_scope_beyond_the_depth_names_the_depth(

@@ -95,7 +95,7 @@ def test_another_rank_or_other_targets_do_not_fit(saved: Saved, make_run: Callab
 
 
 def test_base_weights_come_back_with_the_adapters(make_run: Callable[..., Any]) -> None:
-    phases = [{"step": 0, "trainable": ["lora", "base_ffn"]}]
+    phases = [{"step": 0, "trainable": ["lora", "attn_lora", "base_ffn"]}]
     run = make_run(training__phases=phases)
     folder = Saved(run).save(1)
     fresh = make_run(training__phases=phases)

@@ -69,6 +69,7 @@ def test_the_tutorials_pair_says_which_layers_it_covers(tmp_path: Path) -> None:
 
 
 ONLY_ATTENTION = "training.phases=[{step = 0, trainable = ['attn_lora']}]"
+ONLY_FEED_FORWARD = "training.phases=[{step = 0, trainable = ['lora']}]"
 PLANTED = {
     "misspelt keyword beside good ones": (
         "qwen3-0.6b",
@@ -107,6 +108,12 @@ PLANTED = {
         "auto",
         ["injection.start_layer=10", "injection.num_layers=7"],
         "layers up to 16 are asked for, but the model has 16 layers (0 to 15)",
+    ),
+    "adapters that no phase trains": (
+        "qwen3-0.6b",
+        "auto",
+        ["injection.target_keywords=['q_proj', 'up_proj']", "injection.attn_lora.enabled=false", ONLY_FEED_FORWARD],
+        "no phase trains the group attn_lora: its 28 adapters (q_proj) would stay as they begin",
     ),
     "empty phase group": (
         "qwen3-0.6b",

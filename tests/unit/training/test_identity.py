@@ -87,7 +87,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "length under a curve": ({"training__max_train_steps": 9}, "training.max_train_steps"),
     "clipping": ({"training__max_grad_norm": 0.5}, "training.max_grad_norm"),
     "weight decay": ({"training__weight_decay": 0.5}, "training.weight_decay"),
-    "phases": ({"training__phases": [{"step": 0, "trainable": ["lora"]}]}, "training.phases"),
+    "phases": (
+        {"training__phases": [{"step": 0, "trainable": ["lora"]}, {"step": 2, "trainable": ["attn_lora"]}]},
+        "training.phases",
+    ),
     "cut rows": ({"data__max_length": 32, "data__max_cut_answers": 1}, "data"),
     "held-out rows": ({"data__validation__size": 3}, "data.validation"),
     "packing": ({"data__packing": "off"}, "data.packing"),

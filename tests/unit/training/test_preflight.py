@@ -102,7 +102,7 @@ def test_damaged_weights_and_half_precision_weights_that_train_are_refused(make_
         run.model.get_submodule("model.norm").weight.fill_(float("nan"))
     with pytest.raises(RunError, match="loss of the base model is nan"):
         preflight(run)
-    phases = [{"step": 0, "trainable": ["lora", "base_ffn"]}]
+    phases = [{"step": 0, "trainable": ["lora", "attn_lora", "base_ffn"]}]
     with pytest.raises(ConfigError, match="base weights train in fp32 only"):
         preflight(make_run(training__phases=phases, model__load_precision__mode="bf16"))
 
