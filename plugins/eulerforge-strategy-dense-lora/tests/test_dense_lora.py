@@ -53,6 +53,23 @@ def test_the_tutorials_targets_are_reached_and_the_output_is_unchanged() -> None
 
 
 @pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ({"attn_lora": AttentionLoRAConfig(keywords=("k_proj",), lora_r=2)}, ["keywords", "lora_r"]),
+        ({"attn_lora": AttentionLoRAConfig(lora_alpha=2.0)}, ["lora_alpha"]),
+        # a target keyword that names an attention projection has this rank, switch or not
+        ({"attn_lora": AttentionLoRAConfig(lora_r=2), "target_keywords": ("q_proj",)}, []),
+        ({"attn_lora": AttentionLoRAConfig(enabled=True, keywords=("k_proj",), lora_r=2)}, []),
+        ({}, []),
+    ],
+)
+def test_what_is_written_of_attn_lora_while_it_is_off_is_said(changes: dict[str, Any], idle: list[str]) -> None:
+    report = inject_dense_lora_inplace(small_llama(), DenseAdapter(), config(**changes))
+    want = [f"injection.attn_lora.{key} does nothing without --set injection.attn_lora.enabled=true" for key in idle]
+    assert list(report.warnings) == want
+
+
+@pytest.mark.parametrize(
     ("where", "layers"),
     [
         ({}, {0, 1, 2}),

@@ -16,7 +16,7 @@ from eulerforge.lora.experts import ExpertsPath
 from eulerforge.lora.linear import LoRALinear
 from eulerforge.lora.targets import Selection, Target, select_targets
 from eulerforge.lora.wrap import wrap_experts, wrap_linear
-from eulerforge_strategy_dense_lora.config import DenseLoRAConfig
+from eulerforge_strategy_dense_lora.config import AttentionLoRAConfig, DenseLoRAConfig
 
 ATTENTION_ROLES = ("attn.", "linear_attn.")
 
@@ -55,9 +55,24 @@ def inject_dense_lora_inplace(
             )
         # the fused parameters of one module share a wrapper
         places.setdefault(target.path, []).append(target)
-    return _report(
-        selection, tuple(site for targets in places.values() for site in _wrap(model, targets, config, seed))
-    )
+    sites = tuple(site for targets in places.values() for site in _wrap(model, targets, config, seed))
+    report = _report(selection, sites)
+    return attrs.evolve(report, warnings=(*report.warnings, *_idle(config, sites)))
+
+
+def _idle(config: DenseLoRAConfig, sites: tuple[SiteReport, ...]) -> list[str]:
+    """What is written of ``attn_lora`` and does nothing, because it is off."""
+    attention = config.attn_lora
+    if attention.enabled:
+        return []
+    written = {"keywords": attention.keywords != AttentionLoRAConfig().keywords}
+    if not any(site.group == "attn_lora" for site in sites):  # target_keywords may name attention projections too
+        written |= {"lora_r": attention.lora_r is not None, "lora_alpha": attention.lora_alpha is not None}
+    return [
+        f"injection.attn_lora.{key} does nothing without --set injection.attn_lora.enabled=true"
+        for key, is_written in written.items()
+        if is_written
+    ]
 
 
 def _wrap(model: nn.Module, targets: list[Target], config: DenseLoRAConfig, seed: int) -> list[SiteReport]:
