@@ -17,7 +17,7 @@ from typing import Any
 
 import attrs
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -215,6 +215,16 @@ def load_trained(
         for name, tensor in base.items():
             own[name].copy_(tensor)
     return base
+
+
+def fits(folder: Path, model: nn.Module, trained_names: tuple[str, ...]) -> bool:
+    """Whether a checkpoint's tensors are those that train now, by name and shape; only the file's header is read."""
+    own = dict(model.named_parameters())
+    expected = {name: tensor.shape for name, tensor in adapter_state(model).items()}
+    expected |= {name: own[name].shape for name in trained_names}
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+        names = list(file.keys())
+        return expected == {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
 
 
 def write_state(folder: Path, state: TrainState) -> None:

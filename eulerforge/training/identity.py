@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from eulerforge.config.schema import DataConfig, RunConfig
+from eulerforge.config.structure import leaf_keys
 from eulerforge.errors import CheckpointError, Problem, UsageError
 from eulerforge.models.device import DTYPE_NAMES
 from eulerforge.models.quantized import QUANTIZED_MODES
@@ -37,6 +39,10 @@ FREE_TRAINING = (
 """Keys of ``training`` that do not change what is trained; ``threads`` is soft, through the receipt."""
 
 STEPS_KEY = "training.max_train_steps"
+ROWS = ("data", "data.validation")
+"""The facts that stand for the keys of ``data`` that say which rows are read and how they become tokens."""
+PLACES = ("injection", "training.phases")
+"""Keys that may change which tensors train, or their shapes."""
 SOFT = ("eulerforge", "python", "libraries", "device", "threads")
 
 
@@ -81,8 +87,35 @@ def used_plugins(run: Run, registry: Registry) -> list[PluginRecord]:
     return list({record.qualified_name: record for record in records}.values())
 
 
-def accept_changes(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> list[dict[str, Any]]:
+def derived_keys(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """The facts that come from other keys because nobody set them, each with the keys that it follows."""
+    training, precision = config.training, config.model.load_precision
+    found: dict[str, tuple[str, ...]] = {}
+    if training.tokens_per_micro_batch is None:
+        found["training.tokens_per_micro_batch"] = ("training.batch_size", "data", "device")
+    if not training.phases:
+        found["training.phases"] = ("injection",)
+    if training.max_train_steps is None:
+        found[STEPS_KEY] = ("data", "training.batch_size", "training.grad_accum_steps")
+    if precision.mode == "auto":
+        found["model.load_precision.mode"] = ("device",)
+    if precision.compute_dtype == "auto":
+        found["model.load_precision.compute_dtype"] = ("device", "model.load_precision.mode")
+    return found
+
+
+def accept_changes(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    allowed: Sequence[str],
+    *,
+    derived: Mapping[str, Sequence[str]] | None = None,
+    fits: bool = True,
+) -> list[dict[str, Any]]:
     """The fixed facts that changed, each covered by a key in ``allowed``; a key covers those below it too.
+
+    ``derived`` maps a fact that nobody set to the keys that it follows: it goes the way of theirs.
+    Without ``fits`` the checkpoint's tensors have no place in the model, and no permission could help.
 
     Raises:
         CheckpointError: something else has changed; every change is named.
@@ -99,14 +132,16 @@ def accept_changes(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Se
                 hint=f"did you mean {near[0]}?" if near else "give the key that the refused --resume named",
             )
     refused = [key for key in changed if not any(_covers(given, key) for given in allowed)]
+    for key, sources in (derived or {}).items():
+        if key in refused and any(_covers(source, other) for source in sources for other in changed if other != key):
+            refused.remove(key)
     if refused:
         raise CheckpointError.of(
             [
                 Problem(
                     key=key,
-                    message=f"was {shown(saved.get(key))} when the run began and is {shown(now.get(key))} now",
-                    hint=f"put it back to go on with --resume, or go on all the same with --allow-changed {key}, or"
-                    " start anew with --overwrite or another --output-dir",
+                    message=f"was {shown(saved.get(key))} at the newest checkpoint and is {shown(now.get(key))} now",
+                    hint=_way_on(key, fits),
                 )
                 for key in refused
             ]
@@ -127,7 +162,16 @@ def shown(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
 
 
+def _way_on(key: str, fits: bool) -> str:
+    back, anew = "put it back to go on with --resume", "start anew with --overwrite or another --output-dir"
+    if not fits and any(_covers(place, key) for place in PLACES):
+        return f"{back} (the checkpoint's adapters do not fit those of now), or {anew}"
+    return f"{back}, or go on all the same with --allow-changed {key}, or {anew}"
+
+
 def _covers(given: str, key: str) -> bool:
+    if key in ROWS and given in leaf_keys(DataConfig, "data.") and given != "data.packing":
+        return True
     return key == given or key.startswith(f"{given}.")
 
 

@@ -21,6 +21,7 @@ from eulerforge.training.blame import plugin_blamed
 from eulerforge.training.checkpoint import (
     TrainState,
     delete_rotated,
+    fits,
     latest_complete,
     load_checkpoint,
     read_state,
@@ -28,7 +29,7 @@ from eulerforge.training.checkpoint import (
 )
 from eulerforge.training.debug import trainable_lines
 from eulerforge.training.final import refuse_no_room, save_final
-from eulerforge.training.identity import accept_changes, identity, shown, soft_changes
+from eulerforge.training.identity import accept_changes, derived_keys, identity, shown, soft_changes
 from eulerforge.training.loop import train_loop, validate
 from eulerforge.training.memory import out_of_memory_advice
 from eulerforge.training.metrics import MetricsLog
@@ -225,7 +226,13 @@ class _Session:
             self.say(f"{self.out} has no complete checkpoint: starting at step 0")
             return []
         saved, now = read_state(newest), self.state
-        changed = accept_changes(saved.identity, now.identity, self.options.allow_changed)
+        changed = accept_changes(
+            saved.identity,
+            now.identity,
+            self.options.allow_changed,
+            derived=derived_keys(self.run.config),
+            fits=fits(newest, self.run.model, self.run.phases.trained_names),
+        )
         if saved.step > self.total_steps:
             raise CheckpointError(
                 f"{newest} is at step {saved.step}, and the run would end at step {self.total_steps} now",

@@ -200,7 +200,7 @@ def test_an_allowed_change_goes_on_and_is_in_the_receipt(
     changes = {"training__lr": 0.001, "seed": 7}
     assert main([*words(straight, out, **changes), "--resume", "--allow-changed", "seed"]) == 2
     shown = capsys.readouterr().err
-    assert "error: training.lr: was 0.02 when the run began and is 0.001 now" in shown
+    assert "error: training.lr: was 0.02 at the newest checkpoint and is 0.001 now" in shown
     assert "--allow-changed training.lr" in shown
     allowed = ["--resume", "--allow-changed", "seed", "--allow-changed", "training.lr"]
     assert main([*words(straight, out, **changes), *allowed]) == 0
@@ -222,6 +222,13 @@ def test_a_shape_that_does_not_fit_is_refused_even_when_allowed(
     out = cut(straight, tmp_path / "run", 4)
     assert main([*words(straight, out, injection__lora_r=2), "--resume", "--allow-changed", "injection"]) == 2
     assert "has shape (4, 32), not (2, 32)" in capsys.readouterr().err
+    for change in ({"injection__lora_r": 2}, {"injection__start_layer": 1}):
+        assert main([*words(straight, out, **change), "--resume"]) == 2
+        shown = capsys.readouterr().err
+        assert "the checkpoint's adapters do not fit those of now" in shown
+        assert "--allow-changed" not in shown
+    assert main([*words(straight, out, injection__lora_alpha=2), "--resume"]) == 2
+    assert "--allow-changed injection.lora_alpha" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -322,7 +329,7 @@ def test_a_finished_run_whose_curve_has_ended_is_not_made_longer(
     out = tmp_path / "run"
     shutil.copytree(straight, out)
     assert main([*words(straight, out, training__max_train_steps=9), "--resume"]) != 0
-    assert "training.max_train_steps: was 6 when the run began and is 9 now" in capsys.readouterr().err
+    assert "training.max_train_steps: was 6 at the newest checkpoint and is 9 now" in capsys.readouterr().err
     assert (out / "final" / "adapter.safetensors").read_bytes() == (straight / "final/adapter.safetensors").read_bytes()
 
 

@@ -12,7 +12,7 @@ import torch
 from eulerforge.config.schema import TrainingConfig
 from eulerforge.errors import CheckpointError, UsageError
 from eulerforge.plugins import load_registry
-from eulerforge.training.identity import FREE_TRAINING, accept_changes, identity, soft_changes
+from eulerforge.training.identity import FREE_TRAINING, accept_changes, derived_keys, identity, soft_changes
 
 SAVED = {"seed": 1, "training.lr": 0.1, "injection.lora_r": 4, "injection.lora_alpha": 8, "data": "a" * 64}
 
@@ -26,8 +26,8 @@ def test_every_change_is_named_with_both_values_and_the_way_on() -> None:
     with pytest.raises(CheckpointError) as refused:
         accept_changes(SAVED, now, [])
     assert [problem.key for problem in refused.value.problems] == ["seed", "data"]
-    assert "was 1 when the run began and is 2 now" in refused.value.problems[0].message
-    assert "was aaaaaaaaaaaa when" in refused.value.problems[1].message
+    assert "was 1 at the newest checkpoint and is 2 now" in refused.value.problems[0].message
+    assert "was aaaaaaaaaaaa at the newest" in refused.value.problems[1].message
     assert "--allow-changed seed" in (refused.value.problems[0].hint or "")
 
 
@@ -53,6 +53,63 @@ def test_a_key_that_no_run_has_is_a_usage_error_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="--allow-changed sed") as refused:
         accept_changes(SAVED, SAVED, ["sed"])
     assert refused.value.problems[0].hint == "did you mean seed?"
+
+
+@pytest.mark.parametrize("given", ["data.path", "data.max_length", "data.validation.size", "data"])
+def test_the_keys_of_the_rows_mean_the_facts_of_the_rows(given: str) -> None:
+    saved = {"data": "a" * 64, "data.validation": "b" * 64, "data.packing": "flat"}
+    rows = {**saved, "data": "c" * 64, "data.validation": "d" * 64}
+    assert [fact["key"] for fact in accept_changes(saved, rows, [given])] == ["data", "data.validation"]
+    if given != "data":
+        with pytest.raises(CheckpointError):
+            accept_changes(saved, {**rows, "data.packing": "off"}, [given])
+
+
+def test_packing_does_not_stand_for_the_rows() -> None:
+    saved = {"data": "a" * 64, "data.packing": "flat"}
+    with pytest.raises(CheckpointError):
+        accept_changes(saved, {**saved, "data": "b" * 64}, ["data.packing"])
+
+
+FOLLOWING: dict[str, tuple[dict[str, Any], str, str]] = {
+    "token budget": ({"training__batch_size": 1}, "training.batch_size", "training.tokens_per_micro_batch"),
+    "phases": ({"injection__attn_lora__enabled": False}, "injection.attn_lora.enabled", "training.phases"),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_a_value_that_nobody_set_follows_the_key_that_it_comes_from(make_run: Callable[..., Any], name: str) -> None:
+    changes, key, follows = FOLLOWING[name]
+    run, other = make_run(), make_run(**changes)
+    derived = derived_keys(other.config)
+    with pytest.raises(CheckpointError) as refused:
+        accept_changes(of(run), of(other), [], derived=derived)
+    assert [problem.key for problem in refused.value.problems] == [key]
+    assert {fact["key"] for fact in accept_changes(of(run), of(other), [key], derived=derived)} == {key, follows}
+    # set by hand it is a change of its own
+    with pytest.raises(CheckpointError) as refused:
+        accept_changes(of(run), of(other), [key])
+    assert [problem.key for problem in refused.value.problems] == [follows]
+
+
+def test_what_nobody_set_is_known(make_run: Callable[..., Any]) -> None:
+    automatic = make_run(training__max_train_steps=None, model__load_precision__mode="auto")
+    assert derived_keys(automatic.config).keys() == {
+        "training.tokens_per_micro_batch", "training.phases", "training.max_train_steps", "model.load_precision.mode",
+        "model.load_precision.compute_dtype",
+    }  # fmt: skip
+    assert derived_keys(automatic.config).keys() <= of(automatic, 4).keys()
+
+
+def test_where_the_tensors_do_not_fit_no_permission_is_offered() -> None:
+    now = {**SAVED, "injection.lora_r": 8, "seed": 2}
+    with pytest.raises(CheckpointError) as refused:
+        accept_changes(SAVED, now, [], fits=False)
+    hints = {problem.key: problem.hint or "" for problem in refused.value.problems}
+    assert "--allow-changed" not in hints["injection.lora_r"]
+    assert "put it back" in hints["injection.lora_r"]
+    assert "another --output-dir" in hints["injection.lora_r"]
+    assert "--allow-changed seed" in hints["seed"]
 
 
 def test_a_fact_that_an_older_version_did_not_record_is_no_change_and_a_lost_one_is() -> None:
