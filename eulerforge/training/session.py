@@ -75,6 +75,8 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
             say(f"{out} is finished: nothing is left to train")
             return _finished_summary(out)
         outdir.sweep(out, say)
+        if options.resume and not outdir.is_used(out):
+            say(f"warning: {out} holds no run to resume: a new one starts at step 0 (is that folder the one you mean?)")
         with out_of_memory_advice(loaded.run) as shortage:
             hashing = BaseHash()
 
@@ -212,8 +214,6 @@ class _Session:
         else:
             if self.options.overwrite and outdir.is_used(self.out):
                 outdir.clear(self.out)
-            elif self.options.resume:
-                self.say(f"{self.out} holds no run yet: starting at step 0")
             receipt = make_receipt(self.run, self.registry, weights, self.state.run_id)
         # the configuration first: it is what makes the folder a run
         write_text_atomic(self.out / outdir.CONFIG_FILE, self.loaded.to_toml(comments=False))

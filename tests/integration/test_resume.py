@@ -216,6 +216,17 @@ def test_what_would_make_it_another_run_is_refused(
     assert (out / "metrics.jsonl").read_bytes() == kept
 
 
+def test_a_folder_without_a_run_starts_anew_and_is_named(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mistyped"
+    assert resume(straight, out, training__max_train_steps=1, training__phases=None) == 0
+    shown = capsys.readouterr().err
+    warning = f"warning: {out} holds no run to resume: a new one starts at step 0"
+    assert shown.count(warning) == 1
+    assert shown.index(warning) < shown.index("parameters"), "before anything is loaded"
+
+
 def test_a_changed_base_is_refused(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import tiny
 
