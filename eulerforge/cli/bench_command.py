@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eulerforge.cli.numbers import at_least
@@ -15,11 +14,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``bench``."""
     from eulerforge.cli.plugin_options import add_plugin_options
+    from eulerforge.config.location import expanded
 
     parser.description = (
         "Merge a run's adapters in memory and measure the plain model on held-out rows, beside its base."
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint in it")
+    parser.add_argument("run", type=expanded, metavar="RUN", help="a run's folder, or a checkpoint in it")
     parser.add_argument("--checkpoint", type=int, metavar="N", help="the step to take (default: final)")
     parser.add_argument("--live", action="store_true", help="leave the adapters on instead of merging them")
     parser.add_argument(

@@ -14,6 +14,8 @@ DTYPES = ("auto", "fp32", "fp16", "bf16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``export``."""
+    from eulerforge.config.location import expanded
+
     parser.description = "Write what a run learnt as a merged Hugging Face folder or as a PEFT adapter."
     parser.add_argument("--format", required=True, choices=FORMATS, help="merged: a plain model; peft: the adapters")
     parser.add_argument(
@@ -22,15 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="peft: names for the text model, or for the multimodal one of the same checkpoint, which vLLM serves",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("--output", required=True, type=expanded, metavar="DIR", help="folder to write")
     add_shared_arguments(parser)
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``export`` and ``merge`` share."""
     from eulerforge.cli.plugin_options import add_plugin_options
+    from eulerforge.config.location import expanded
 
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint in it")
+    parser.add_argument("run", type=expanded, metavar="RUN", help="a run's folder, or a checkpoint in it")
     parser.add_argument("--checkpoint", type=int, metavar="N", help="the step to take (default: final)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the merged weights (default: the base files' own)"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from eulerforge.cli import export_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``merge``."""
+    from eulerforge.config.location import expanded
+
     parser.description = "Merge a run's adapters into its base and write a plain Hugging Face folder."
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder to write (default: merged, in the run's folder)"
+        "--output", type=expanded, metavar="DIR", help="folder to write (default: merged, in the run's folder)"
     )
     export_command.add_shared_arguments(parser)
 

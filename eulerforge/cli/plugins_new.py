@@ -20,6 +20,7 @@ from eulerforge import __version__
 from eulerforge.api import API_VERSION
 from eulerforge.cli.output import emit_json, tell, warn
 from eulerforge.config.atomic import staged_folder
+from eulerforge.config.location import expanded
 from eulerforge.config.suggest import nearest
 from eulerforge.errors import UsageError
 from eulerforge.plugins import Registry
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, registry: Registry) -> int:
     """
     kind = _kind(args.kind)
     values = _values(kind, _checked_name(args.name, kind, registry), _model_type(args, kind))
-    folder = Path(args.output) / values["distribution"]
+    folder = expanded(args.output) / values["distribution"]
     texts = render(args.kind, values)
     _write(folder, texts)
     if kind.offer == "backbone":

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``replay``."""
     from eulerforge.cli.plugin_options import add_plugin_options
+    from eulerforge.config.location import expanded
 
     parser.description = (
         "Train some steps of a run again, in memory, and compare losses and tensors with what the run recorded."
         " Exit code 1 and the first difference when they are not the same to the bit."
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("run", type=expanded, metavar="RUN", help="a run's folder")
     parser.add_argument("--steps", type=_count, required=True, metavar="N", help="how many steps")
     parser.add_argument(
         "--from",

@@ -11,6 +11,7 @@ import attrs
 from eulerforge.api import InjectionConfig, PresetSpec
 from eulerforge.config.document import Document, read_document
 from eulerforge.config.emit import toml_text
+from eulerforge.config.location import expanded
 from eulerforge.config.overrides import SOURCE, apply_overrides
 from eulerforge.config.presets import find_preset
 from eulerforge.config.schema import RunConfig
@@ -79,8 +80,8 @@ def load_run_config(
     problems += [attrs.evolve(problem, source=source(problem.key or "")) for problem in more]
     if run is None or problems:
         raise ConfigError.of(problems)
-    if run.output_dir is None:
-        run = attrs.evolve(run, output_dir=f"runs/{found.name if found else 'run'}")
+    default = f"runs/{found.name if found else 'run'}"
+    run = attrs.evolve(run, output_dir=str(expanded(run.output_dir)) if run.output_dir is not None else default)
     return LoadedConfig(
         run=run,
         provenance=_provenance(run, tree, source),

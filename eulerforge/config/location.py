@@ -19,6 +19,14 @@ def is_package_location(text: str) -> bool:
     return text.startswith(SCHEME)
 
 
+def expanded(text: str) -> Path:
+    """A plain path with ``~`` read as a shell reads it: one that names nobody stays as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def resolve_location(text: str) -> Path:
     """The file or folder that ``text`` names.
 
@@ -27,7 +35,7 @@ def resolve_location(text: str) -> Path:
     that is a link out of it.
     """
     if not is_package_location(text):
-        return Path(text).expanduser()
+        return expanded(text)
     package, _, inner = text.removeprefix(SCHEME).partition("/")
     parts = PurePosixPath(inner).parts
     if not package.isidentifier() or not parts:

@@ -8,7 +8,7 @@ from pathlib import Path
 import attrs
 
 from eulerforge.api import PresetSpec
-from eulerforge.config.location import resolve_location
+from eulerforge.config.location import expanded, resolve_location
 from eulerforge.config.suggest import nearest
 from eulerforge.errors import PluginError, Problem, UsageError
 
@@ -68,7 +68,7 @@ def find_preset(text: str, extra: Iterable[PresetSpec] = ()) -> ResolvedPreset:
         UsageError: there is no such file and no such name; the nearest name is the hint.
         PluginError: a plugin offers the name, and not the file.
     """
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         return ResolvedPreset(path=path, name=path.stem, origin=str(path.parent))
     presets = list_presets(extra)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from eulerforge.config.location import expanded
 from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.soundness import check_folder
@@ -63,7 +64,7 @@ def stored_dtype(folder: Path, *, trust_remote_code: bool) -> torch.dtype:
 def _config_location(run: RunConfig) -> str | Path:
     """What ``AutoConfig`` opens: a folder, whether it holds weights or not, or a hub id."""
     name = run.model_name
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise no_config(name, path)

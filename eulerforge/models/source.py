@@ -9,7 +9,7 @@ from pathlib import Path
 
 import attrs
 
-from eulerforge.config.location import resolve_location
+from eulerforge.config.location import expanded, resolve_location
 from eulerforge.errors import ModelError, first_line
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -42,7 +42,7 @@ def resolve_source(
     if model_name.startswith("pkg://") or model_name.endswith(".gguf"):
         path = resolve_location(model_name)
     else:
-        path = Path(model_name).expanduser()
+        path = expanded(model_name)
     if path.suffix == ".gguf":
         from eulerforge.models.gguf import converted_folder
 

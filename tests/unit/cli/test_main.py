@@ -18,6 +18,24 @@ VALIDATE = ["train", "--preset", "llama3.2_1b_dense_lora_sft", "--validate-only"
 LIGHT = [(["--help"], 0.25), (["plugins", "list"], 0.5), (["presets", "list"], 0.6), (VALIDATE, 0.6)]
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("merge", ["~/run", "--output=~/a"]),
+        ("export", ["~/run", "--format=peft", "--output=~/a"]),
+        ("bench", ["~/run"]),
+        ("replay", ["~/run", "--steps=1"]),
+    ],
+)
+def test_a_folder_on_the_command_line_may_be_below_the_home(
+    command: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    args = shell.command_parser(command).parse_args(words)
+    assert str(args.run) == "/home/somebody/run"
+    assert str(getattr(args, "output", "/home/somebody/a")) == "/home/somebody/a"
+
+
 @pytest.mark.parametrize(("arguments", "seconds"), LIGHT)
 def test_light_commands_import_nothing_heavy_and_answer_at_once(arguments: list[str], seconds: float) -> None:
     code = (

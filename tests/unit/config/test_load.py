@@ -182,6 +182,12 @@ def test_the_tutorials_overrides_are_numbers(load: Any) -> None:
     assert isinstance(run.training.lr, float)
 
 
+def test_the_home_folder_is_meant_by_its_sign(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load(TOML, "output_dir=~/runs/a").run.output_dir == "/home/somebody/runs/a"
+    assert load(TOML, output_dir="~/b").run.output_dir == "/home/somebody/b"
+
+
 def test_output_dir_defaults_to_the_presets_name_and_the_option_wins(load: Any) -> None:
     assert load(TOML).run.output_dir == "runs/preset"
     loaded = load(TOML, "output_dir=a", output_dir="b")

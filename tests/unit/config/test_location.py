@@ -30,6 +30,7 @@ def test_a_package_file_is_found_without_import(package: Path) -> None:
 def test_a_plain_path_is_only_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert resolve_location("~/rows.jsonl") == Path("/home/somebody/rows.jsonl")
+    assert resolve_location("~no-such-user/x") == Path("~no-such-user/x")
     assert resolve_location("not/there") == Path("not/there")
 
 
