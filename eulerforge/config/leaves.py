@@ -6,6 +6,7 @@ tuple of another length, an option of a union that merely accepts the value, a k
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -93,14 +94,23 @@ def _sequence(kind: Any) -> Callable[[Any, Any], Any]:
 
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, list | tuple):
-            wanted = f'["{value}"]' if isinstance(value, str) else "[...]"
-            raise WrongTypeError(f"a list is wanted, not {describe(value)}", hint=f"write {wanted}")
+            raise WrongTypeError(f"a list is wanted, not {describe(value)}", hint=f"write {_as_list(items[0], value)}")
         if fixed and len(value) != len(items):
             raise WrongTypeError(f"a list of {len(items)} values is wanted, not of {len(value)}")
         wanted_items = items if fixed else items[:1] * len(value)
         return made(_CONVERTER.structure(entry, item) for entry, item in zip(value, wanted_items, strict=True))
 
     return hook
+
+
+def _as_list(item: Any, value: Any) -> str:
+    """How a value that is no list would be written as one; commas between words part them."""
+    if not isinstance(value, str):
+        return "[...]" if isinstance(value, dict | None) else f"[{json.dumps(value, default=str)}]"
+    parts = [part.strip() for part in value.split(",")]
+    if any(not part or " " in part for part in parts):
+        parts = [value]
+    return f"[{', '.join(parts)}]" if item in (int, float) else json.dumps(parts, ensure_ascii=False)
 
 
 def _mapping(kind: Any) -> Callable[[Any, Any], dict[str, Any]]:

@@ -160,6 +160,22 @@ def test_nothing_is_converted_that_was_not_meant(load: Any, override: str, key: 
 
 
 @pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("injection.target_keywords=q_proj,v_proj", 'write ["q_proj", "v_proj"]'),
+        ("injection.target_keywords=q_proj, v_proj", 'write ["q_proj", "v_proj"]'),
+        ("injection.target_keywords=q_proj", 'write ["q_proj"]'),
+        ("injection.layer_indices=0,1", "write [0, 1]"),
+        ("injection.layer_indices=3", "write [3]"),
+        ("injection.layer_indices={a=1}", "write [...]"),
+        ("evaluation.prompts=What is it, then?", 'write ["What is it, then?"]'),
+    ],
+)
+def test_a_list_that_was_written_as_text_is_shown_as_it_should_be(load: Any, override: str, hint: str) -> None:
+    assert problems(load, TOML, override)[0].hint == hint
+
+
+@pytest.mark.parametrize(
     ("sets", "part"),
     [
         (["training.save_steps=10", "training.val_steps=10"], "data.validation holds no rows out"),
