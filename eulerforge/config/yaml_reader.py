@@ -128,10 +128,8 @@ class _Builder:
         if tag in ("float", "str") and (_FLOAT.fullmatch(text) or _EXPONENT.fullmatch(text)):
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         meant = f"YAML 1.1 would read {text} as {_MEANINGS.get(tag, tag)}"
-        hint = (
-            "write true or false" if tag == "bool" else f"write '{text}' in quotes for text, or a plain decimal number"
-        )
-        self._refuse(node, key, meant, hint)
+        otherwise = "true or false" if tag == "bool" else "a plain decimal number"
+        self._refuse(node, key, meant, f"write '{text}' in quotes for text, or {otherwise}")
         return None
 
     def _refuse(self, node: yaml.Node, key: str, message: str, hint: str | None = None) -> None:

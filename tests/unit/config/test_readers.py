@@ -71,6 +71,8 @@ def test_yaml_surprises_are_refused_with_their_line(tmp_path: Path, value: str, 
     (problem,) = caught.value.problems
     assert part in problem.message
     assert (problem.key, problem.source) == ("b.c", f"{tmp_path}/p.yml:3")
+    otherwise = "true or false" if part == "a truth value" else "a plain decimal number"
+    assert problem.hint == f"write '{value}' in quotes for text, or {otherwise}"
 
 
 def test_yaml_numbers_words_and_quotes(tmp_path: Path) -> None:
