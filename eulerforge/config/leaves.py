@@ -10,6 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, time
 from enum import Enum
 from typing import Any
 
@@ -38,6 +39,8 @@ def describe(value: Any) -> str:
         return f"the text {value!r}"
     if value is None:
         return "null"
+    if isinstance(value, date | time):
+        return f"the date or time {value.isoformat()}"
     return "a table" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
 
 
@@ -79,12 +82,19 @@ def _strict(kind: type) -> Callable[[Any, type], Any]:
         if value is None:
             raise WrongTypeError("a value is wanted, not null")
         if type(value) is not kind:
-            raise WrongTypeError(f"{_KINDS[kind]} is wanted, not {describe(value)}")
+            raise WrongTypeError(f"{_KINDS[kind]} is wanted, not {describe(value)}", _as_written(kind, value))
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise WrongTypeError("half of a surrogate pair is no text", "write the character itself")
         return value
 
     return hook
+
+
+def _as_written(kind: type, value: Any) -> str | None:
+    """How a value that another language or format spells in its own way is written here."""
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return f"write {value.lower()}, without quotes"
+    return f'write "{value.isoformat()}" in quotes' if kind is str and isinstance(value, date | time) else None
 
 
 def _sequence(kind: Any) -> Callable[[Any, Any], Any]:

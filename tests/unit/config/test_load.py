@@ -159,6 +159,17 @@ def test_nothing_is_converted_that_was_not_meant(load: Any, override: str, key: 
     assert found[0].source == "--set"
 
 
+def test_pythons_spelling_and_tomls_dates_are_shown_as_they_are_written_here(load: Any) -> None:
+    for written in ("True", "'false'"):
+        (problem,) = problems(load, TOML, f"injection.attn_lora.enabled={written}")
+        assert problem.hint == f"write {written.strip(chr(39)).lower()}, without quotes"
+    (problem,) = problems(load, TOML + "\n[data]\ndate = 2026-11-25\n")
+    assert problem.message == "text is wanted, not the date or time 2026-11-25"
+    assert problem.hint == 'write "2026-11-25" in quotes'
+    (problem,) = problems(load, TOML + "\n[data]\nmax_length = 12:30:00\n")
+    assert problem.message == "a whole number is wanted, not the date or time 12:30:00"
+
+
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
