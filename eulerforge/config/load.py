@@ -71,6 +71,8 @@ def load_run_config(
     def source(key: str) -> str:
         if any(key == name or key.startswith(name + ".") for name in overridden):
             return SOURCE if key != "output_dir" or output_dir is None else "--output-dir"
+        if key not in document.lines and any(name.startswith(key + ".") for name in overridden):
+            return SOURCE  # a table that only an override made
         return document.source(key)
 
     run, more = _structure(tree, strategy_configs, source)

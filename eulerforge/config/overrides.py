@@ -61,8 +61,11 @@ def apply_overrides(tree: dict[str, Any], sets: Sequence[str]) -> tuple[set[str]
         for depth, part in enumerate(parents, 1):
             if not isinstance(node.setdefault(part, {}), dict):
                 where = ".".join(parents[:depth])
+                message = f"{where} is a value, not a table"
                 hint = f"leave out --set {where}=..., or write the keys below it only"
-                problems.append(Problem(message=f"{where} is a value, not a table", key=key, source=SOURCE, hint=hint))
+                if isinstance(node[part], list):
+                    message, hint = f"{where} is a list, which is set as a whole", f"--set '{where}=[...]'"
+                problems.append(Problem(message=message, key=key, source=SOURCE, hint=hint))
                 break
             node = node[part]
         else:

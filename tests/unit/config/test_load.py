@@ -159,6 +159,16 @@ def test_nothing_is_converted_that_was_not_meant(load: Any, override: str, key: 
     assert found[0].source == "--set"
 
 
+@pytest.mark.parametrize("text", [TOML, 'model_name = "m"\n\n[training]\nlr = 1e-5\n'])
+@pytest.mark.parametrize("override", ["training.phases.0.step=0", "training.phases[0].step=0"])
+def test_an_entry_of_a_list_on_the_command_line_is_blamed_on_it(load: Any, text: str, override: str) -> None:
+    (problem,) = problems(load, text, override)
+    assert problem.source == "--set"
+    assert problem.hint in (
+        "--set 'training.phases=[...]'", "each has the keys step, trainable", "did you mean training.phases?"
+    )  # fmt: skip
+
+
 def test_pythons_spelling_and_tomls_dates_are_shown_as_they_are_written_here(load: Any) -> None:
     for written in ("True", "'false'"):
         (problem,) = problems(load, TOML, f"injection.attn_lora.enabled={written}")
