@@ -32,19 +32,40 @@ AGAIN = "nothing is left half written: the same command starts anew"
 class Parser(argparse.ArgumentParser):
     """argparse, with usage errors in our own form."""
 
+    given: Sequence[str] = ()
+    """The words that are parsed, for the hint of an error."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=self._way_out(message))
 
     def _way_out(self, message: str) -> str:
         _, unknown, words = message.partition("unrecognized arguments: ")
-        word = words.partition(" ")[0].partition("=")[0]
+        whole = words.partition(" ")[0]
+        word = whole.partition("=")[0]
         if unknown and self.prog == "eulerforge":
             return f"options come after the command: eulerforge COMMAND {word}"
+        if unknown and self.prog in ("eulerforge train", "eulerforge data") and (setting := self._setting(whole)):
+            return f"did you mean --set {setting}?"
         if unknown and not word.startswith("-") and self.prog == "eulerforge train":
             return f"did you mean --preset {word}?"
         options = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(word, options, n=1, cutoff=0.75) if unknown else ()
         return f"did you mean {near[0]}?" if near else f"{self.prog} --help"
+
+    def _setting(self, word: str) -> str | None:
+        """KEY=VALUE, where a stray word is a part of it: after ``--set KEY``, or without ``--set`` before it."""
+        at = self.given.index(word) if word in self.given else 0
+        before = self.given[max(at - 2, 0) : at]
+        if before and "--set" in (before[0], before[-1].partition("=")[0]):
+            key = before[-1].removeprefix("--set=")
+            if key != "--set" and "=" not in key:
+                value = word.removeprefix("=") or "".join(self.given[at + 1 : at + 2])
+                return f"{key}={value}"
+        return word if "=" in word and not word.startswith("-") else None
 
 
 def main_parser() -> argparse.ArgumentParser:
