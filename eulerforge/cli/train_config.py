@@ -11,7 +11,7 @@ import attrs
 from eulerforge.cli.output import say, warn
 from eulerforge.cli.plugin_options import DEBUG_HELP, add_plugin_options
 from eulerforge.config import LoadedConfig, load_run_config
-from eulerforge.config.location import resolve_location
+from eulerforge.config.location import expanded, resolve_location
 from eulerforge.config.phase_checks import best_problems, phase_problems
 from eulerforge.errors import ConfigError, PluginError, Problem, UsageError
 
@@ -71,7 +71,7 @@ def validate(loaded: LoadedConfig, registry: Registry) -> None:
     offered = {group for spec in registry.phase_groups() for group in spec.groups}
     own = registry.strategy(run.strategy).groups
     errors, warnings = phase_problems(run.training, strategy=run.strategy, own=own, offered=offered)
-    errors += [*best_problems(run), *_missing_files(loaded)]
+    errors += [*best_problems(run), *_missing_model(run.model_name), *_missing_files(loaded)]
     for problem in warnings:
         warn(_sourced(problem, loaded))
     if errors:
@@ -84,6 +84,17 @@ def _sourced(problem: Problem, loaded: LoadedConfig) -> Problem:
         key = key.rpartition(".")[0]
     source = loaded.source(key)
     return problem if source == "default" else attrs.evolve(problem, source=source)
+
+
+def _missing_model(name: str) -> Iterator[Problem]:
+    """A model that can only be here, and is not; what else is written may be a name on the hub."""
+    path = expanded(name)
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        yield Problem(
+            key="model_name",
+            message=f"there is no {'file' if name.endswith('.gguf') else 'model folder'} {name}",
+            hint="give a folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B",
+        )
 
 
 def _missing_files(loaded: LoadedConfig) -> Iterator[Problem]:

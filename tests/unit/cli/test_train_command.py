@@ -48,6 +48,19 @@ def test_a_flag_that_would_do_nothing_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["./nope", "../nope", "/nope/model", "~/nope", "./nope.gguf"])
+def test_a_model_that_can_only_be_here_and_is_not_is_refused_without_loading(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(words(prepared, tmp_path, "--validate-only", model_name=name)) == 2
+    what = "file" if name.endswith("gguf") else "model folder"
+    assert f"error: --set: model_name: there is no {what} {name}\n" in capsys.readouterr().err
+    (tmp_path / "nope").mkdir()
+    assert main(words(prepared, tmp_path, "--validate-only", model_name="./nope")) == 0
+
+
 def test_validate_only_says_so_and_touches_nothing(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
