@@ -131,7 +131,8 @@ def write_merged(
         quantized=run.run.model.load_precision.mode in QUANTIZED_MODES,
     )
     audit.refuse(force=force)
-    with staged_folder(out, replace=out.is_dir()) as staging:
+    # where a link leads: for its room the link was made
+    with staged_folder(out.resolve(), replace=out.is_dir()) as staging:
         check = _accept if force else _refuse_not_finite
         size = sum(_write_shard(base, file, changes, target, staging, check) for file in base.files)
         if base.index is not None:
@@ -201,6 +202,8 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"{out} is a file", hint="choose another --output")
+    if out.is_mount():  # an export appears by a rename, which a mount point cannot take part in
+        raise UsageError(f"{out} is a mount point, which cannot be replaced", hint=f"--output {out / 'model'}")
     if not any(out.iterdir()):
         return
     if not overwrite:

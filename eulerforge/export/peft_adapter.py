@@ -79,7 +79,7 @@ def write_peft(
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A.detach().float().cpu().contiguous()
         lora_B = module.lora_B.detach().float().cpu() * (module.scaling / scaling)
         tensors[f"base_model.model.{path}.lora_B.weight"] = lora_B.contiguous()
-    with staged_folder(out, replace=out.is_dir()) as staging:
+    with staged_folder(out.resolve(), replace=out.is_dir()) as staging:
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
         copy_files(run.source.folder, tokenizer, staging)
         said = [problem.to_json() for problem in notes]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from eulerforge.errors import ModelError, RunError, UsageError
 from eulerforge.export import merged as module_under_test
-from eulerforge.export.merged import RECEIPT, Change, write_merged
+from eulerforge.export.merged import RECEIPT, Change, refuse_existing, write_merged
 from eulerforge.export.rundir import TrainedRun
 from eulerforge.lora.wrap import adapted_modules
 
@@ -144,6 +144,23 @@ def test_the_receipt_says_where_it_comes_from(make_run: MakeRun, tmp_path: Path)
     assert receipt["base"]["files"]["model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
     assert (receipt["run"], receipt["checkpoint"], receipt["step"]) == ("run", "final", 3)
     assert len(receipt["tensors_replaced"]) == 9
+
+
+def test_an_export_goes_where_a_link_leads(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    there, link = tmp_path / "other disk" / "model", tmp_path / "link"
+    there.mkdir(parents=True)
+    link.symlink_to(there)
+    write_merged(run, link)
+    assert link.is_symlink()
+    assert (there / "model.safetensors").is_file()
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(UsageError, match="is a mount point") as refused:
+        refuse_existing(tmp_path, overwrite=False)
+    assert refused.value.problems[0].hint == f"--output {tmp_path / 'model'}"
 
 
 def test_a_used_folder_is_kept_unless_it_is_an_export_and_overwrite_is_given(make_run: MakeRun, tmp_path: Path) -> None:
