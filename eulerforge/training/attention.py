@@ -73,11 +73,11 @@ def documents_attention(
     """transformers' attention interface: query (B, Q, T, D), key and value (B, K, T, D); the result is (B, T, Q, D).
 
     Raises:
-        RunError: the batch is packed, but the model's code did not hand ``segments`` on to its attention.
-        ValueError: no kernel for packed rows computes this attention.
+        RunError: the batch is packed, but the model's code did not hand ``segments`` on to its attention; or no kernel
+            computes this attention.
     """
     if changed := sorted(name for name in _CHANGES_SCORES if kwargs.get(name) is not None):
-        raise ValueError(f"attention with {', '.join(changed)} is not computed")
+        raise _not_computed(f"attention with {', '.join(changed)}")
     if segments is None:
         _refuse_no_mask(module, attention_mask)
         return _sdpa()(
@@ -85,7 +85,7 @@ def documents_attention(
             softcap=softcap, **kwargs,
         )  # fmt: skip
     if value.shape[-1] != query.shape[-1]:
-        raise ValueError(f"attention with values {value.shape[-1]} wide and queries {query.shape[-1]} is not computed")
+        raise _not_computed(f"attention whose values are {value.shape[-1]} wide and queries {query.shape[-1]}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < segments.longest else None
     q_NQD, k_NKD, v_NKD = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
@@ -93,6 +93,14 @@ def documents_attention(
     kernel, _ = kernel_for(query.device, query.dtype, heads, dropout=dropout, softcap=softcap)
     out_NQD = _KERNELS[kernel](q_NQD, k_NKD, v_NKD, _Call(segments, scale, window, softcap, dropout))
     return out_NQD.unflatten(0, segments.shape), None
+
+
+def _not_computed(what: str) -> RunError:
+    return RunError(
+        f"{what} is not computed for packed rows",
+        key="data.packing",
+        hint="--set data.packing=off trains on padded rows, with the model's own attention",
+    )
 
 
 def kernel_for(

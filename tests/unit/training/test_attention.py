@@ -149,13 +149,13 @@ def test_a_packed_call_whose_borders_were_lost_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias"])
 def test_what_would_change_the_scores_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"attention with {name} is not computed"):
+    with pytest.raises(RunError, match=f"attention with {name} is not computed"):
         documents_attention(MODULE, *states(4, 4), None, segments=segments(LENGTHS), **{name: torch.zeros(4)})
 
 
 def test_values_of_another_width_are_refused() -> None:
     query, key, value = states(4, 4)
-    with pytest.raises(ValueError, match="values 2 wide and queries 4"):
+    with pytest.raises(RunError, match="values are 2 wide and queries 4"):
         documents_attention(MODULE, query, key, value[..., :2], None, segments=segments(LENGTHS))
 
 
