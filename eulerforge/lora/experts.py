@@ -32,6 +32,8 @@ LAYOUT: Mapping[str, bool] = {
     "_is_expert_parallel": False,
 }
 """The flags of transformers' experts, and the values with which this module computes what the layer computes."""
+_ROWS = 512
+"""Rows that are added at once where precisions differ."""
 
 
 class ExpertsPath(nn.Module):
@@ -209,13 +211,13 @@ class _Dispatch(torch.autograd.Function):
         low_up_SR = low_down_SR = None
         if up is not None:
             low_up_SR, added_SI = up.forward(_dropped(x_SH, _mask(seed, 0, x_SH, layer.dropout)), ends_E)
-            gate_up_SI += added_SI
+            _add(gate_up_SI, added_SI)
             del added_SI
         h_SJ = base._apply_gate(gate_up_SI)  # type: ignore[operator]
         y_SH = grouped_product(h_SJ, base.get_parameter(DOWN).transpose(1, 2), ends_E)
         if down is not None:
             low_down_SR, added_SH = down.forward(_dropped(h_SJ, _mask(seed, 1, h_SJ, layer.dropout)), ends_E)
-            y_SH += added_SH
+            _add(y_SH, added_SH)
         ctx.layer, ctx.seed = layer, seed
         ctx.save_for_backward(x_NH, weights_NK, order_S, ends_E, gate_up_SI, low_up_SR, low_down_SR, *adapters)
         return _sum_over_experts(y_SH * weights_NK.reshape(-1)[order_S, None], order_S, weights_NK.shape).to(x_NH.dtype)
@@ -241,7 +243,7 @@ class _Dispatch(torch.autograd.Function):
             mask = _mask(seed, 1, h_SJ, layer.dropout)
             wide_SH = g_SH.to(down.dtype)
             u_SR = grouped_product(wide_SH, down.B_EOR, ends_E)
-            t_SJ += _dropped(grouped_product(u_SR, down.A_ERI, ends_E), mask)
+            _add(t_SJ, _dropped(grouped_product(u_SR, down.A_ERI, ends_E), mask))
             dropped_SJ = _dropped(h_SJ, mask).to(down.dtype)
             grads[2] = grouped_outer((u_SR * w_S1).to(down.dtype), dropped_SJ, ends_E).float() / down.keep
             weighted_SR = (low_down_SR * (w_S1 * down.scaling)).to(down.dtype)
@@ -267,7 +269,7 @@ class _Dispatch(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx_SH = grouped_product(g_SI, base.get_parameter(GATE_UP), ends_E)
             if up is not None:
-                gx_SH += _dropped(grouped_product(u_SR, up.A_ERI, ends_E), mask)
+                _add(gx_SH, _dropped(grouped_product(u_SR, up.A_ERI, ends_E), mask))
             grad_x = _sum_over_experts(gx_SH, order_S, weights_NK.shape)
         return (grad_x, grad_weights, None, None, None, *grads)
 
@@ -278,6 +280,13 @@ def _lows(
     pairs = ((adapters[0], adapters[1]), (adapters[2], adapters[3]))
     keep = 1.0 if seed is None else 1.0 - layer.dropout
     return [None if A is None or B is None else _Low(A, B, layer.scaling, keep, dtype) for A, B in pairs]
+
+
+def _add(total_SO: torch.Tensor, part_SO: torch.Tensor) -> None:
+    """Add in place; on the CPU in blocks of rows, where torch makes whole fp32 copies if the precisions differ."""
+    rows = _ROWS if total_SO.device.type == "cpu" and total_SO.dtype != part_SO.dtype else max(1, len(total_SO))
+    for some, more in zip(total_SO.split(rows), part_SO.split(rows), strict=True):
+        some += more
 
 
 def _sum_over_experts(rows_SH: torch.Tensor, order_S: torch.Tensor, shape: torch.Size) -> torch.Tensor:

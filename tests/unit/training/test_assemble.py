@@ -107,13 +107,14 @@ def test_frequencies_that_follow_the_longest_row_are_not_packed(kind: str, longe
     assert packed or "data.max_length=64" in found
 
 
-def test_a_run_with_such_frequencies_says_that_it_pads(prepared: Path, tmp_path: Path) -> None:
+def test_a_run_with_such_frequencies_says_that_it_pads(tmp_path: Path) -> None:
     from eulerforge.plugins import load_registry
 
+    tinyrun.prepare(tmp_path)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    change_config(prepared, rope_parameters=rope, max_position_embeddings=64)
+    change_config(tmp_path, rope_parameters=rope, max_position_embeddings=64)
     said: list[str] = []
-    run = room.assemble(tinyrun.loaded(prepared).run, load_registry(), out=tmp_path, say=said.append)
+    run = room.assemble(tinyrun.loaded(tmp_path).run, load_registry(), out=tmp_path / "run", say=said.append)
     assert run.layout.packing == "off"
     assert any("rows are padded, sorted by length: its rotary embedding (dynamic) follows" in line for line in said)
 
