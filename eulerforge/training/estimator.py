@@ -98,7 +98,7 @@ class Estimator:
             activations=activations,
             loss=step.loss,
             workspace=step.workspace + _rooms(layers, batch) + dequantized + self._of_libraries,
-            heap=heap_bytes(kept, step, self.dtype) if self.device.type == "cpu" else 0,
+            heap=heap_bytes(kept, step, len(layers)) if self.device.type == "cpu" else 0,
             load=self.room.base + load,
             free=self.room.free,
             tokens=batch.tokens,
