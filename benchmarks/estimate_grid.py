@@ -56,7 +56,6 @@ CELLS = [
     (Q, 1024, "fp32", 0.05, "all", "flat", "full"),
     (M, 4096, "bf16", 0.05, "off", "flat", "mixed"),
     (M, 16384, "fp32", 0.0, "all", "off", "full"),
-    # from here on no constant was fitted to them
     (S8, 8192, "bf16", 0.05, "all", "flat", "mixed"),
     (S8, 4096, "fp32", 0.05, "all", "flat", "full"),
     (Q, 4096, "bf16", 0.0, "all", "bins", "mixed"),
@@ -67,6 +66,14 @@ CELLS = [
     (Q, 4096, "int4", 0.0, "all", "bins", "mixed"),
     (S, 1024, "int8/fp32", 0.05, "off", "flat", "full"),
     (S, 1024, "int4/fp32", 0.05, "off", "flat", "full"),
+    (S, 1024, "fp32", 0.05, "off", "flat", "full"),
+    (S, 2048, "fp32", 0.05, "off", "flat", "full"),
+    (S, 4096, "bf16", 0.05, "off", "flat", "mixed"),
+    (S, 8192, "bf16", 0.0, "all", "flat", "mixed"),
+    (S8, 2048, "fp32", 0.0, "off", "bins", "mixed"),
+    (Q, 2048, "bf16", 0.05, "all", "flat", "mixed"),
+    (Q, 4096, "fp32", 0.0, "off", "flat", "full"),
+    (M, 8192, "bf16", 0.0, "all", "flat", "full"),
 ]
 ESTIMATE = """
 import json, sys
