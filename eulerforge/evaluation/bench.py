@@ -17,7 +17,7 @@ from eulerforge.data.batches import pad_id
 from eulerforge.data.packing import Layout
 from eulerforge.data.prepared import build_dataset
 from eulerforge.data.tokenized import TokenizedRows
-from eulerforge.errors import UsageError
+from eulerforge.errors import CheckpointError, UsageError
 from eulerforge.export.rundir import OpenBase, attach, locate, open_base
 from eulerforge.lora.merge import merge_in_place
 from eulerforge.models.device import DTYPE_NAMES
@@ -143,6 +143,7 @@ def held_out_rows(base: OpenBase, data: tuple[str, ...] = ()) -> TokenizedRows:
 
     Raises:
         UsageError: the run held nothing out.
+        CheckpointError: the data have changed, and what is held out of them now may have been trained on.
         DataError: a file or a row is wrong.
     """
     config: DataConfig = base.run.data
@@ -153,6 +154,13 @@ def held_out_rows(base: OpenBase, data: tuple[str, ...] = ()) -> TokenizedRows:
     if rows is None or not len(rows):
         raise UsageError(
             "the run held no rows out", key="data.validation", hint="give rows that it has not seen with --data FILE"
+        )
+    if not base.location.held_out(rows.sha256):
+        names = ", ".join(config.validation.path or config.path)
+        raise CheckpointError(
+            f"{names}: the rows have changed since the training: what is held out of them now is not what was",
+            key="data.validation",
+            hint="put the file back as it was, or give rows that the run has not seen with --data FILE",
         )
     return rows
 

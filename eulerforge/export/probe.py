@@ -27,7 +27,7 @@ def probe_rows(run: TrainedRun) -> tuple[list[torch.Tensor], str]:
 
 
 def held_out_ids(run: TrainedRun) -> list[torch.Tensor]:
-    """The first ids of the rows that the run held out; none where it held none out, or its data are gone."""
+    """The first ids of the rows that the run held out; none where it held none out, or its data are gone or changed."""
     config = run.run.data
     if not config.path or run.tokenizer is None:
         return []
@@ -35,6 +35,8 @@ def held_out_ids(run: TrainedRun) -> list[torch.Tensor]:
         rows = build_dataset(config, run.tokenizer, seed=run.run.seed, cache_dir=cache_root()).validation
     except DataError:
         return []  # an export needs no data: the receipt says on what the models were compared
+    if rows is not None and not run.location.held_out(rows.sha256):
+        return []  # some of these may have been trained on
     found: list[torch.Tensor] = []
     left = TOKENS
     for index in range(0 if rows is None else len(rows)):

@@ -42,6 +42,10 @@ class Location:
     injection: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
+    def held_out(self, sha256: str) -> bool:
+        """Whether the run held out the rows of this hash; one that recorded no hash is believed."""
+        return bool(self.state.identity.get("data.validation", sha256) == sha256)
+
 
 @attrs.frozen(kw_only=True)
 class OpenBase:

@@ -15,6 +15,7 @@ import tiny
 import torch
 
 from eulerforge.cli.main import main
+from eulerforge.config.atomic import sha256_of
 
 
 def preset(folder: Path, family: str, **changes: str) -> Path:
@@ -153,6 +154,38 @@ def test_bench_agrees_with_what_training_measured_last(run: Path, capsys: pytest
         value for key, value in measured[-1].items() if ("val" in key or "held" in key) and key.endswith("loss")
     )
     assert answer(capsys, "bench", run)["tuned"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_rows_of_changed_data_are_not_called_held_out(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that is appended shuffles the split anew: what is held out now was mostly trained on."""
+    changed, rows = shutil.copytree(run, tmp_path / "run"), tmp_path / "rows.jsonl"
+    rows.write_bytes((run.parent / "rows.jsonl").read_bytes())
+    config = changed / "resolved_config.toml"
+    config.write_text(config.read_text().replace(str(run.parent / "rows.jsonl"), str(rows)))
+    merged = answer(capsys, "merge", changed, "--output", tmp_path / "same")
+    assert merged["audit"]["logits"]["source"] == "held-out rows"
+    with rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": "one more", "response": "row"}) + "\n")
+    text = refused(capsys, "bench", changed, "--samples", "0")
+    assert "data.validation: " in text
+    assert "is not what was" in text
+    assert "with --data FILE" in text
+    assert answer(capsys, "bench", changed, "--data", rows, "--samples", "0")["rows"] == 25
+    merged = answer(capsys, "merge", changed, "--output", tmp_path / "other")
+    assert merged["audit"]["logits"]["source"] == "fixed token ids"
+
+    # a version that recorded no hash is believed
+    for state in changed.glob("*/state.json"):
+        facts = json.loads(state.read_text())
+        del facts["identity"]["data.validation"]
+        state.write_text(json.dumps(facts))
+        manifest = state.with_name("manifest.json")
+        told = json.loads(manifest.read_text())
+        told["files"][state.name] = {"size": state.stat().st_size, "sha256": sha256_of(state)}
+        manifest.write_text(json.dumps(told))
+    assert answer(capsys, "bench", changed, "--samples", "0")["rows"] == 6
 
 
 def test_the_live_model_and_the_export_give_the_same_logits(run: Path, tmp_path: Path) -> None:
