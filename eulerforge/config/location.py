@@ -27,6 +27,15 @@ def expanded(text: str) -> Path:
         return Path(text)
 
 
+def from_the_root(text: str) -> str:
+    """The path of what is there, to be found from every folder; all else is as it is written."""
+    if is_package_location(text) or not expanded(text).exists():
+        return text
+    whole = str(expanded(text).absolute())
+    # a folder above may have a name that no text file can hold
+    return whole if whole.encode(errors="replace").decode() == whole else text
+
+
 def resolve_location(text: str) -> Path:
     """The file or folder that ``text`` names.
 

@@ -14,6 +14,7 @@ import attrs
 import tomli
 
 from eulerforge.config.atomic import fsync_path, put_back_replaced, remove_leftovers
+from eulerforge.config.location import from_the_root
 from eulerforge.errors import CheckpointError, RunError, UsageError
 from eulerforge.training.checkpoint import MANIFEST_FILE, delete_folder, latest_complete, read_state, verify
 from eulerforge.training.final import FOLDER as FINAL
@@ -22,6 +23,7 @@ from eulerforge.training.receipt import FILE_NAME as RECEIPT_FILE
 
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig, TrainingConfig
+    from eulerforge.models.source import BaseSource
 
 CONFIG_FILE = "resolved_config.toml"
 SUMMARY_FILE = "summary.json"
@@ -181,6 +183,16 @@ def with_recorded_revision(config: RunConfig, out: Path) -> RunConfig:
     if recorded is None or config.model.revision is not None or began.get("model_name") != config.model_name:
         return config
     return attrs.evolve(config, model=attrs.evolve(config.model, revision=recorded))
+
+
+def found_from_everywhere(config: RunConfig, source: BaseSource) -> RunConfig:
+    """With whole paths: what is read later, from another folder, may not be other files of the same names."""
+    held_out = config.data.validation
+    held_out = attrs.evolve(held_out, path=tuple(map(from_the_root, held_out.path)))
+    data = attrs.evolve(config.data, path=tuple(map(from_the_root, config.data.path)), validation=held_out)
+    model = config.model_name if source.kind == "hub" else from_the_root(config.model_name)
+    out = config.output_dir and from_the_root(config.output_dir)
+    return attrs.evolve(config, model_name=model, data=data, output_dir=out)
 
 
 def clear(out: Path) -> None:

@@ -88,8 +88,6 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
             if options.resume:
                 began, config = day_of(read_receipt(out)), outdir.with_recorded_revision(config, out)
             run = assemble(config, registry, out=out, began=began, found=found, shortage=shortage, say=say)
-            # with the day that its rows were rendered with
-            loaded = attrs.evolve(loaded, run=run.config)
             return _Session(run, loaded, registry, options, hashing, say).train()
 
 
@@ -216,7 +214,9 @@ class _Session:
                 outdir.clear(self.out)
             receipt = make_receipt(self.run, self.registry, weights, self.state.run_id)
         # the configuration first: it is what makes the folder a run
-        write_text_atomic(self.out / outdir.CONFIG_FILE, self.loaded.to_toml(comments=False))
+        # with the day that its rows were rendered with
+        recorded = attrs.evolve(self.loaded, run=outdir.found_from_everywhere(self.run.config, self.run.source))
+        write_text_atomic(self.out / outdir.CONFIG_FILE, recorded.to_toml(comments=False))
         write_json_atomic(self.out / outdir.RECEIPT_FILE, {**receipt, "resumed": parts})
 
     def _load_newest(self) -> list[dict[str, Any]]:

@@ -303,3 +303,36 @@ def test_what_counts_as_free_to_change_changes_no_bit(straight: Path, tmp_path: 
     out = tmp_path / "run"
     assert main(tinyrun.arguments(straight.parent, **{**SETTINGS, "output_dir": str(out), **change})) == 0
     assert_same(straight / f"checkpoint-{TOTAL}", out / f"checkpoint-{TOTAL}")
+
+
+def test_a_run_of_relative_paths_is_found_from_every_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other folder holds a model and rows of the same names."""
+    home, other = tinyrun.prepare(tmp_path / "home"), tinyrun.prepare(tmp_path / "other", rows=30)
+    changes = {"training__scheduler": "constant", "training__save_steps": 2, "training__threads": 1}
+    words = tinyrun.arguments(Path(), data__validation__size=4, **changes)
+    monkeypatch.chdir(home)
+    assert main(words) == 0
+    config = home / "run" / "resolved_config.toml"
+    for name in ("base", "rows.jsonl", "run"):
+        assert f'"{home / name}"' in config.read_text()
+
+    longer = ["--resume", "--set", "training.max_train_steps=6"]
+    monkeypatch.chdir(other)
+    assert main(["bench", "../home/run", "--samples", "0"]) == 0
+    assert main(["merge", "../home/run"]) == 0
+    assert main(["replay", "../home/run", "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--preset", "../home/run/resolved_config.toml", *longer]) == 0
+    assert f"resumed from {home / 'run' / 'checkpoint-4'}" in capsys.readouterr().err
+    assert not (other / "run").exists()
+
+    # the same words go on in the folder where it began, with what this version or an older one recorded
+    monkeypatch.chdir(home)
+    for steps in (8, 10):
+        capsys.readouterr()
+        assert main([*words, "--resume", "--set", f"training.max_train_steps={steps}"]) == 0
+        assert f"resumed from run/checkpoint-{steps - 2}" in capsys.readouterr().err
+        assert f'"{home / "base"}"' in config.read_text()
+        config.write_text(config.read_text().replace(f"{home}/", ""))

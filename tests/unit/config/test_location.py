@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from eulerforge.config.location import resolve_location
+from eulerforge.config.location import from_the_root, resolve_location
 from eulerforge.errors import UsageError
 
 
@@ -32,6 +33,20 @@ def test_a_plain_path_is_only_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_location("~/rows.jsonl") == Path("/home/somebody/rows.jsonl")
     assert resolve_location("~no-such-user/x") == Path("~no-such-user/x")
     assert resolve_location("not/there") == Path("not/there")
+
+
+def test_what_is_there_is_named_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    assert from_the_root("./rows.jsonl") == str(tmp_path / "rows.jsonl")
+    for text in ("Qwen/Qwen3-0.6B", "pkg://eulerforge/rows.jsonl", "~nobody-of-this-name/rows.jsonl"):
+        assert from_the_root(text) == text
+    # a name that is no text, which resolved_config.toml cannot hold
+    unreadable = tmp_path / os.fsdecode(b"\xff")
+    unreadable.mkdir()
+    (unreadable / "rows.jsonl").touch()
+    monkeypatch.chdir(unreadable)
+    assert from_the_root("rows.jsonl") == "rows.jsonl"
 
 
 @pytest.mark.parametrize(
