@@ -21,6 +21,7 @@ from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model
 from eulerforge.models.source import BaseSource
 from eulerforge.training.checkpoint import TrainState, latest_complete, load_trained, read_state, verify
+from eulerforge.training.identity import HELD_OUT
 from eulerforge.training.outdir import CONFIG_FILE, FINAL, went_on_to
 from eulerforge.training.receipt import base_weights
 
@@ -44,7 +45,7 @@ class Location:
 
     def held_out(self, sha256: str) -> bool:
         """Whether the run held out the rows of this hash; one that recorded no hash is believed."""
-        return bool(self.state.identity.get("data.validation", sha256) == sha256)
+        return bool(self.state.identity.get(HELD_OUT, sha256) == sha256)
 
 
 @attrs.frozen(kw_only=True)

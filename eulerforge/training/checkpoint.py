@@ -34,6 +34,7 @@ from eulerforge.config.atomic import (
 from eulerforge.errors import CheckpointError, RunError
 from eulerforge.lora.state import adapter_state, load_adapter_state
 from eulerforge.models.sizes import gib
+from eulerforge.training.identity import BASE, HELD_OUT
 from eulerforge.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -146,25 +147,32 @@ def rotate(out: Path, state: TrainState, *, keep_last: int | None, keep_best: in
 
     Only complete ones of the same run are counted and named: a damaged one never takes the place of a good one.
     ``keep_best`` keeps those of the lowest held-out loss; without ``keep_last`` the newest one stays beside them.
+    Losses on other rows, or of another base, are no higher and no lower: each such part of a run keeps its best.
     """
     if keep_last is None and keep_best is None:
         return []
-    own: list[tuple[Path, float | None]] = []
+    own: list[tuple[Path, float | None, str]] = []
     for folder in _folders(out):
         try:
             manifest = _read_manifest(folder)
             _check_sizes(folder, manifest)
+            facts = read_state(folder).identity
         except CheckpointError:
             continue
         if manifest.get("run_id", "") == state.run_id:
-            own.append((folder, manifest.get("held_out_loss")))
+            measured_on = json.dumps([facts.get(key) for key in (HELD_OUT, *BASE)])
+            own.append((folder, manifest.get("held_out_loss"), measured_on))
     # one beyond this step lies on a branch that the run has left, and may not count as the newest
-    past = [(folder, loss) for folder, loss in own if _step_of(folder) <= state.step]
-    # NaN is not below any number nor above it, and would stand wherever it came
-    finite = [(loss, folder) for folder, loss in past if loss is not None and math.isfinite(loss)]
-    measured = sorted(((loss, -_step_of(folder), folder) for loss, folder in finite), key=lambda entry: entry[:2])
-    kept = {folder for folder, _ in past[: keep_last or 1]} | {folder for *_, folder in measured[: keep_best or 0]}
-    return [folder for folder, _ in reversed(past) if folder not in kept]
+    past = [(folder, loss, part) for folder, loss, part in own if _step_of(folder) <= state.step]
+    kept = {folder for folder, *_ in past[: keep_last or 1]}
+    parts: dict[str, list[tuple[float, int, Path]]] = {}
+    for folder, loss, part in past:
+        # NaN is not below any number nor above it, and would stand wherever it came
+        if loss is not None and math.isfinite(loss):
+            parts.setdefault(part, []).append((loss, -_step_of(folder), folder))
+    for measured in parts.values():
+        kept |= {folder for *_, folder in sorted(measured)[: keep_best or 0]}
+    return [folder for folder, *_ in reversed(past) if folder not in kept]
 
 
 def load_checkpoint(

@@ -39,8 +39,11 @@ FREE_TRAINING = (
 """Keys of ``training`` that do not change what is trained; ``threads`` is soft, through the receipt."""
 
 STEPS_KEY = "training.max_train_steps"
-ROWS = ("data", "data.validation")
+HELD_OUT = "data.validation"
+ROWS = ("data", HELD_OUT)
 """The facts that stand for the keys of ``data`` that say which rows are read and how they become tokens."""
+BASE = ("model_name", "model_name.config")
+"""The facts of the base model."""
 PLACES = ("injection", "training.phases")
 """Keys that may change which tensors train, or their shapes."""
 SOFT = ("eulerforge", "python", "libraries", "device", "threads")
@@ -64,7 +67,7 @@ def identity(run: Run, registry: Registry, weights: Mapping[str, Any], total_ste
     del precision["allow_unquantized_experts"]
     flat: dict[str, Any] = {
         "data": run.datasets.train.sha256,
-        "data.validation": validation.sha256 if validation is not None else None,
+        HELD_OUT: validation.sha256 if validation is not None else None,
         "data.packing": run.layout.packing,
         "model_name": weights["sha256"],
         "model_name.config": weights.get("config_sha256"),

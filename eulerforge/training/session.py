@@ -29,7 +29,7 @@ from eulerforge.training.checkpoint import (
 )
 from eulerforge.training.debug import trainable_lines
 from eulerforge.training.final import refuse_no_room, save_final
-from eulerforge.training.identity import accept_changes, derived_keys, identity, shown, soft_changes
+from eulerforge.training.identity import BASE, HELD_OUT, accept_changes, derived_keys, identity, shown, soft_changes
 from eulerforge.training.loop import train_loop, validate
 from eulerforge.training.memory import out_of_memory_advice
 from eulerforge.training.metrics import MetricsLog
@@ -149,7 +149,7 @@ class _Session:
         again = self.state.step == self.total_steps or self.state.held_out.get("step") != self.state.step
         blamed = plugin_blamed(self.registry, lambda: self.state.step)
         with MetricsLog(self.out, step=self.state.step, measured_again=again) as log, progress, blamed:
-            if not (self.state.before and self.state.step):
+            if not self.state.step:
                 self.state.before = self._measured(log, progress)
             train_loop(
                 self.run,
@@ -242,6 +242,13 @@ class _Session:
         self.state = load_checkpoint(newest, self.run.model, self.optimizer, self.run.phases.trained_names)
         self.state.identity, self.state.run_id = now.identity, self.state.run_id or now.run_id
         self.saved_at = self.state.step
+        others = {fact["key"] for fact in changed}
+        # losses on other rows are not compared with those to come; the base's answers are, where it is the same base
+        if HELD_OUT in others:
+            self.state.before = {"samples": self.state.before.get("samples", [])}
+            self.state.held_out = {}
+        if others & {*BASE}:
+            self.state.before, self.state.held_out = {}, {}
         # the save may have been the last thing that the run did
         delete_rotated(self.out, self.state, **self._kept)
         self.say(f"resumed from {newest} at step {self.state.step}")

@@ -216,6 +216,39 @@ def test_an_allowed_change_goes_on_and_is_in_the_receipt(
     ).read_bytes()
 
 
+def test_losses_of_other_rows_are_not_compared(straight: Path, tmp_path: Path) -> None:
+    out = cut(straight, tmp_path / "run", 4)
+    changes = {"data__validation__size": 8, "checkpoint__keep_best": 1}
+    assert main([*words(straight, out, **changes), "--resume", "--allow-changed", "data"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    held_out = summary["held_out"]
+    assert (held_out["before"], held_out["change"]) == (None, None)
+    assert held_out["after"] > 0
+    # the base's answers to the same prompts are still the base's
+    known = {
+        sample["prompt"]: sample["base"] for sample in json.loads((straight / "summary.json").read_text())["samples"]
+    }
+    assert [sample["base"] for sample in summary["samples"]] == [known.get(s["prompt"]) for s in summary["samples"]]
+    # measured on the new rows at once, and never held against the old ones
+    measured = [row for row in tinyrun.metrics(out) if "held_out_loss" in row]
+    tokens = {row["step"]: row["held_out_tokens"] for row in measured}
+    assert sorted(tokens) == [0, 2, 4, 6]
+    assert tokens[0] == tokens[2] < tokens[4] == tokens[6]
+    assert read_state(out / "checkpoint-6").held_out["step"] == 4
+
+
+def test_what_was_measured_of_another_base_is_forgotten(straight: Path, tmp_path: Path) -> None:
+    out = cut(straight, tmp_path / "run", 4)
+    other = shutil.copytree(straight.parent / "base", tmp_path / "base")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    changes = {"model_name": str(other)}
+    assert main([*words(straight, out, **changes), "--resume", "--allow-changed", "model_name"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["held_out"]["before"] is None
+    assert {sample["base"] for sample in summary["samples"]} == {None}
+
+
 def test_a_shape_that_does_not_fit_is_refused_even_when_allowed(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,8 +32,17 @@ class Saved:
             named[name].grad = torch.randn_like(named[name])
         self.optimizer.step()
 
-    def save(self, step: int, *, run_id: str = "", held_out: float | None = None, **options: Any) -> Path:
-        state = TrainState(step=step, tokens=10 * step, identity={"seed": 1}, before={"held_out_loss": 2.0})
+    def save(
+        self,
+        step: int,
+        *,
+        run_id: str = "",
+        held_out: float | None = None,
+        identity: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Path:
+        identity = identity or {"seed": 1}
+        state = TrainState(step=step, tokens=10 * step, identity=identity, before={"held_out_loss": 2.0})
         state.run_id = run_id
         if held_out is not None:
             state.held_out = {"step": step, "loss": held_out}
@@ -170,6 +179,13 @@ def test_keep_best_goes_by_the_held_out_loss_and_the_newest_stays(saved: Saved) 
     assert names(saved.out) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     saved.save(6, held_out=0.5, keep_best=1, keep_last=2)
     assert names(saved.out) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_losses_of_other_rows_do_not_compete(saved: Saved) -> None:
+    """The new rows are easier: no later checkpoint may push out the best on the old ones, nor be pushed out by it."""
+    for step, loss, rows in ((1, 2.0, "a"), (2, 3.0, "a"), (3, 1.0, "b"), (4, 0.5, "b"), (5, 0.7, "b")):
+        saved.save(step, held_out=loss, keep_best=1, identity={"data.validation": rows})
+    assert names(saved.out) == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
 
 
 def test_a_held_out_loss_that_is_no_number_is_never_the_best(saved: Saved) -> None:
