@@ -114,11 +114,13 @@ def accept_changes(
     *,
     derived: Mapping[str, Sequence[str]] | None = None,
     fits: bool = True,
+    hint: str | None = None,
 ) -> list[dict[str, Any]]:
     """The fixed facts that changed, each covered by a key in ``allowed``; a key covers those below it too.
 
     ``derived`` maps a fact that nobody set to the keys that it follows: it goes the way of theirs.
     Without ``fits`` the checkpoint's tensors have no place in the model, and no permission could help.
+    ``hint`` takes the place of what a ``--resume`` could do.
 
     Raises:
         CheckpointError: something else has changed; every change is named.
@@ -144,7 +146,7 @@ def accept_changes(
                 Problem(
                     key=key,
                     message=f"was {shown(saved.get(key))} at the newest checkpoint and is {shown(now.get(key))} now",
-                    hint=_way_on(key, fits),
+                    hint=hint or _way_on(key, fits),
                 )
                 for key in refused
             ]

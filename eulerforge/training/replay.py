@@ -65,7 +65,8 @@ def replay(out: Path, registry: Registry, *, steps: int, start: int | None, say:
 
     Raises:
         RunError: a number or a tensor differs; the message names the first.
-        CheckpointError: there is no such checkpoint, or the data, the base or a plugin is not what it was.
+        UsageError: there is no such window, or something changed in it, as was allowed.
+        CheckpointError: there is nothing to compare with, or the data, the base or a plugin is not what it was.
     """
     if not outdir.is_used(out):
         raise CheckpointError(f"{out} is no run: it has no {outdir.CONFIG_FILE}", hint="give a run's folder")
@@ -163,7 +164,7 @@ class _Replay:
         """Changed data, base or plugins would be a difference that says nothing of the training."""
         saved = read_state(next(iter(self.folders.values()))[0]).identity
         now = identity(self.run, self.registry, base_weights(self.run.source.folder), total)
-        accept_changes(saved, now, ())
+        accept_changes(saved, now, (), hint="put it back as it was: a replay trains the same again")
 
 
 class _Silent(Progress):
@@ -212,4 +213,25 @@ def _window(
             key="--steps",
             hint=f"--steps {last - start}" if last > start else f"--from {starts[0]} --steps {last}",
         )
+    changed, keys = _last_change(out)
+    if start < changed:
+        good = [step for step in starts if changed <= step < last]
+        raise UsageError(
+            f"{', '.join(keys)} changed at step {changed} of {out}, as was allowed: before it were other values",
+            key="--from",
+            hint=f"--from {good[0]} --steps {min(steps, last - good[0])}"
+            if good
+            else "no checkpoint from the change on is there to start from",
+        )
     return start, start + steps
+
+
+def _last_change(out: Path) -> tuple[int, list[str]]:
+    """The newest step at which a part of the run began with other facts, and their keys; step 0 when none did."""
+    changes: list[tuple[int, list[str]]] = [(0, [])]
+    for part in read_receipt(out).get("resumed", ()):
+        # a part that began before a change has undone it
+        changes = [changes[0], *(change for change in changes[1:] if change[0] < part["step"])]
+        if part.get("changed"):
+            changes.append((part["step"], [fact["key"] for fact in part["changed"]]))
+    return changes[-1]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from eulerforge.cli.main import main
 from eulerforge.config.atomic import sha256_of
 from eulerforge.training.checkpoint import MANIFEST_FILE
+from eulerforge.training.replay import _last_change
 
 SETTINGS: dict[str, Any] = {
     "data__validation__size": 4,
@@ -125,4 +126,46 @@ def test_changed_data_is_refused_before_anything_is_trained(
     other.write_text("".join(sorted((straight.parent / "rows.jsonl").read_text().splitlines(keepends=True))))
     config.write_text(config.read_text().replace(str(straight.parent / "rows.jsonl"), str(other)))
     assert main(["replay", str(run), "--steps", "2"]) == 2
-    assert "error: data: was " in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "error: data: was " in shown
+    assert "hint: put it back as it was" in shown
+    assert "--allow-changed" not in shown
+    assert "--overwrite" not in shown
+
+
+def test_steps_from_before_an_allowed_change_are_refused(
+    run: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("final", "checkpoint-6"):
+        shutil.rmtree(run / name)
+    words = tinyrun.arguments(straight.parent, **{**SETTINGS, "output_dir": str(run), "training__lr": 0.01})
+    assert main([*words, "--resume", "--allow-changed", "training.lr"]) == 0
+    for options in (["--steps", "3", "--from", "2"], ["--steps", "2", "--from", "0"], ["--steps", "4"]):
+        capsys.readouterr()
+        assert main(["replay", str(run), *options]) == 2
+        shown = capsys.readouterr().err
+        assert "--from: training.lr changed at step 4 of " in shown
+        assert "hint: --from 4 --steps 2" in shown
+    assert main(["replay", str(run), "--from", "4", "--steps", "2"]) == 0
+    (run / "checkpoint-4").rename(run.parent / "checkpoint-4")
+    assert main(["replay", str(run), "--steps", "4", "--from", "2"]) == 2
+    assert "no checkpoint from the change on is there to start from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parts", "step", "keys"),
+    [
+        ([], 0, []),
+        ([(4, [])], 0, []),
+        ([(2, ["seed"]), (4, []), (8, ["training.lr", "data"])], 8, ["training.lr", "data"]),
+        ([(2, ["seed"]), (8, ["training.lr"]), (6, [])], 2, ["seed"]),
+        ([(8, ["training.lr"]), (8, ["training.lr"])], 8, ["training.lr"]),
+    ],
+    ids=["never resumed", "resumed", "the newest", "undone", "begun twice"],
+)
+def test_the_change_that_counts_is_the_newest_that_still_holds(
+    tmp_path: Path, parts: list[tuple[int, list[str]]], step: int, keys: list[str]
+) -> None:
+    resumed = [{"step": began, "changed": [{"key": key} for key in changed]} for began, changed in parts]
+    (tmp_path / "receipt.json").write_text(json.dumps({"resumed": resumed}))
+    assert _last_change(tmp_path) == (step, keys)
