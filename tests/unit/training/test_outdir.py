@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 
-from eulerforge.config.schema import ModelConfig, RunConfig
+from eulerforge.config.schema import DataConfig, ModelConfig, RunConfig, ValidationConfig
 from eulerforge.errors import RunError, UsageError
+from eulerforge.models.source import BaseSource
 from eulerforge.training import outdir
 
 
@@ -122,3 +124,23 @@ def test_a_resumed_run_takes_the_commit_that_it_began_with(tmp_path: Path) -> No
     assert outdir.with_recorded_revision(other, out) is other
     named = RunConfig(model_name="somebody/tiny", model=ModelConfig(revision="main"))
     assert outdir.with_recorded_revision(named, out) is named
+
+
+def test_what_is_recorded_is_found_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "somebody" / "tiny").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "held_out.jsonl"):
+        (tmp_path / name).touch()
+    data = DataConfig(
+        path=("a.jsonl", "pkg://eulerforge/b.jsonl", "b.jsonl"), validation=ValidationConfig(path=("held_out.jsonl",))
+    )
+    config = RunConfig(model_name="somebody/tiny", data=data, output_dir="somebody")
+    source = BaseSource(kind="folder", name="somebody/tiny", folder=Path("somebody/tiny"))
+    found = outdir.found_from_everywhere(config, source)
+    assert found.model_name == str(tmp_path / "somebody" / "tiny")
+    assert found.output_dir == str(tmp_path / "somebody")
+    assert found.data.path == (str(tmp_path / "a.jsonl"), "pkg://eulerforge/b.jsonl", str(tmp_path / "b.jsonl"))
+    assert found.data.validation.path == (str(tmp_path / "held_out.jsonl"),)
+    # what came from the hub keeps its name, whatever lies here
+    hub = attrs.evolve(source, kind="hub")
+    assert outdir.found_from_everywhere(config, hub).model_name == "somebody/tiny"
