@@ -62,6 +62,9 @@ def train_loop(
     model.train()
     if _validation_is_due(config.val_steps, state, total_steps) and state.held_out.get("step") != state.step:
         _measure(run, state, log, progress, stop_wanted)  # a stop gave up this one
+        if state.held_out.get("step") == state.step:
+            log.sync()
+            save()  # again: keep_best reads the loss in the checkpoint
 
     while state.step < total_steps and not stop_wanted():
         step, began = state.step, time.perf_counter()

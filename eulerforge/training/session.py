@@ -284,6 +284,12 @@ class _Session:
     def _measured(self, log: MetricsLog, progress: Progress) -> dict[str, Any]:
         """Held-out loss and answers of the model as it is now; empty when a stop was asked for on the way."""
         facts = validate(self.run, self.state.step, log, progress, self.stop.wanted)
+        found = {"step": self.state.step, "loss": facts.get("held_out_loss")}
+        if facts and self.saved_at == self.state.step and self.state.held_out != found:
+            # the checkpoint of this step was saved before it was measured, and keep_best reads it there
+            self.state.held_out = found
+            log.sync()
+            self._save()
         answers = self._answers()
         return {} if self.stop.wanted() else {**facts, "samples": answers}
 

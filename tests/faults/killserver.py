@@ -75,7 +75,7 @@ def train(
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if resume:
-        marks = ("resumed from", "starting at step 0", "is finished", "skipped", "error", "removed", "put back")
+        marks = ("resumed from", "at step 0", "is finished", "skipped", "error", "removed", "put back")
         lines = (folder / "said.txt").read_text().splitlines()
         return code, [line.replace(str(out), "RUN") for line in lines if any(mark in line for mark in marks)]
     return code, json.loads(report.read_text()) if report.exists() else []

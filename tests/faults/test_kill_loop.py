@@ -41,14 +41,14 @@ def assert_none_lost(results: list[dict[str, Any]]) -> None:
         assert result["resumed"] == 0, result
         assert result["same"], result
         assert result["left"] == [], result
-        how = ("resumed from", "starting at step 0", "is finished")
+        how = ("resumed from", "at step 0", "is finished")
         assert any(mark in line for mark in how for line in result["said"]), "the run says where it goes on"
 
 
 def test_killed_at_every_operation_of_three_saves(prepared: Path, settings: dict[str, Any]) -> None:
     operations, results = kills(prepared, settings, modes=[DIE])
     kinds = {operation.split()[0] for operation in operations}
-    assert kinds == {"mkdir", "write", "fsync", "rename", "replace", "unlink", "rmdir"}
+    assert kinds == {"mkdir", "write", "fsync", "rename", "replace", "exchange", "unlink", "rmdir"}
     assert [f"rename checkpoint-{step}" in operations for step in (1, 2, 3)] == [True] * 3
     assert operations[-2:] == ["rename final", "fsync ."]
     assert len(results) == len(operations) > 100

@@ -18,7 +18,7 @@ import tinyrun
 
 from eulerforge.cli.main import main
 from eulerforge.training import loop, session
-from eulerforge.training.checkpoint import read_state
+from eulerforge.training.checkpoint import read_state, verify
 
 SETTINGS: dict[str, Any] = {
     "data__validation__size": 6,
@@ -103,6 +103,26 @@ def test_a_signal_at_any_moment_loses_nothing(
     assert not (out / "final").exists()
     assert main([*words(straight, out), "--resume"]) == 0
     assert_equal(straight, out)
+
+
+def test_the_best_checkpoint_is_kept_wherever_it_was_measured(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the stop that gave up its validation, and at the end of a run that is made longer and worse."""
+    best = {"checkpoint__keep_best": 1, "training__scheduler": "constant"}
+    worse = ["--resume", "--set", "training.lr=9.0", "--allow-changed", "training.lr"]
+    stopped, ended = tmp_path / "stopped", tmp_path / "ended"
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "held_out_loss", calling(signal.SIGTERM, 3, loop.held_out_loss))
+        assert main(words(straight, stopped, **best)) == 143
+    assert main(words(straight, ended, **best, training__max_train_steps=4)) == 0
+    for out in (stopped, ended):
+        assert main([*words(straight, out, **best), *worse]) == 0
+        losses = {row["step"]: row["held_out_loss"] for row in tinyrun.metrics(out) if "held_out_loss" in row}
+        assert min(losses, key=lambda step: losses[step]) == 4
+        assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+        for step in (4, 6):
+            assert verify(out / f"checkpoint-{step}")["held_out_loss"] == losses[step]
 
 
 def test_stopped_twice_in_a_row_and_killed_in_between(
