@@ -89,7 +89,8 @@ def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that cannot be written to or that another run has used; before anything slow is done.
 
     Raises:
-        UsageError: it is used and neither --resume nor --overwrite is given, or it is not a folder.
+        UsageError: it is used and neither --resume nor --overwrite is given, it is not a folder, or --overwrite would
+            let what no run wrote be written over.
     """
     if resume and overwrite:
         raise UsageError(
@@ -106,6 +107,12 @@ def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
             hint="--overwrite starts anew and deletes it; --output-dir takes another folder"
             if finished
             else "--resume goes on with it, --overwrite starts anew and deletes it",
+        )
+    if overwrite and is_used(out) and (foreign := _foreign_folders(out)):
+        raise UsageError(
+            f"{foreign[0]} has no {MANIFEST_FILE}, so no run wrote it whole, and the new one may take its place",
+            key="output_dir",
+            hint="move it out of this folder or delete it; --output-dir takes another folder",
         )
     if not is_used(out) and (any((out / name).exists() for name in (FINAL, *_OURS)) or any(out.glob("checkpoint-*"))):
         raise UsageError(
@@ -171,6 +178,13 @@ def own_bytes(out: Path) -> int:
 def _own_folders(out: Path) -> list[Path]:
     """``final`` and the checkpoints that are complete; what has no manifest is not a run's."""
     return [folder for folder in (out / FINAL, *out.glob("checkpoint-*")) if (folder / MANIFEST_FILE).exists()]
+
+
+def _foreign_folders(out: Path) -> list[Path]:
+    """What has the name of ``final`` or of a checkpoint, holds something, and is no run's."""
+    named = [out / FINAL, *sorted(path for path in out.glob("checkpoint-*") if path.name[11:].isdigit())]
+    there = [path for path in named if path.exists() and not (path / MANIFEST_FILE).exists()]
+    return [path for path in there if not path.is_dir() or any(path.iterdir())]
 
 
 def with_recorded_revision(config: RunConfig, out: Path) -> RunConfig:

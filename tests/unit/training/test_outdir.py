@@ -96,6 +96,18 @@ def test_clear_takes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-9", "notes.txt"]
 
 
+@pytest.mark.parametrize("name", ["checkpoint-4", "final"])
+def test_overwrite_refuses_a_folder_that_no_run_wrote(tmp_path: Path, name: str) -> None:
+    out = run_in(tmp_path)
+    (out / name).mkdir()
+    outdir.check_free(out, resume=False, overwrite=True)
+    (out / name / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=rf"{name} has no manifest.json"):
+        outdir.check_free(out, resume=False, overwrite=True)
+    (out / name).rename(out / "checkpoint-mine")
+    outdir.check_free(out, resume=False, overwrite=True)
+
+
 def test_sweep_says_what_it_removes(tmp_path: Path) -> None:
     (tmp_path / ".staging-checkpoint-3-x").mkdir()
     (tmp_path / "kept").mkdir()
