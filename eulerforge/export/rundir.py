@@ -20,7 +20,15 @@ from eulerforge.lora.apply import apply_injection
 from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model
 from eulerforge.models.source import BaseSource
-from eulerforge.training.checkpoint import TrainState, latest_complete, load_trained, read_state, verify
+from eulerforge.training.checkpoint import (
+    ADAPTER_FILE,
+    STATE_FILE,
+    TrainState,
+    latest_complete,
+    load_trained,
+    read_state,
+    verify,
+)
 from eulerforge.training.identity import HELD_OUT
 from eulerforge.training.outdir import CONFIG_FILE, FINAL, went_on_to
 from eulerforge.training.receipt import base_weights
@@ -130,7 +138,9 @@ def locate(path: Path, checkpoint: int | None = None, *, say: Callable[[str], No
             f"{path} is no run: neither it nor the folder above has {CONFIG_FILE}",
             hint="give the folder that eulerforge train wrote, or a checkpoint in it",
         )
-    injection = verify(chosen).get("injection", {})
+    # the base with the adapters, which final may hold too, is read by nothing here and may have been deleted
+    only = (ADAPTER_FILE, STATE_FILE) if chosen.resolve().name == FINAL else None
+    injection = verify(chosen, only=only).get("injection", {})
     return Location(folder=folder, checkpoint=chosen, state=read_state(chosen), injection=injection, notes=notes)
 
 

@@ -152,7 +152,7 @@ def rotate(out: Path, state: TrainState, *, keep_last: int | None, keep_best: in
     if keep_last is None and keep_best is None:
         return []
     own: list[tuple[Path, float | None, str]] = []
-    for folder in _folders(out):
+    for folder in checkpoint_folders(out):
         try:
             manifest = _read_manifest(folder)
             _check_sizes(folder, manifest)
@@ -272,15 +272,16 @@ def write_manifest(
     write_json_atomic(folder / MANIFEST_FILE, {**manifest, "injection": report.to_json()})
 
 
-def verify(folder: Path) -> Mapping[str, Any]:
-    """The manifest of a folder whose files are all there, unchanged.
+def verify(folder: Path, *, only: Collection[str] | None = None) -> Mapping[str, Any]:
+    """The manifest of a folder whose files are all there, unchanged; with ``only``, those that the caller will read.
 
     Raises:
         CheckpointError: it says which file is wrong and how.
     """
     manifest = _read_manifest(folder)
-    _check_sizes(folder, manifest)
-    for name, facts in manifest["files"].items():
+    wanted = {name: facts for name, facts in manifest["files"].items() if only is None or name in only}
+    _check_sizes(folder, {"files": wanted})
+    for name, facts in wanted.items():
         if sha256_of(folder / name) != facts["sha256"]:
             raise CheckpointError(f"{folder / name} has changed since it was written", hint=OTHER_HINT)
     return manifest
@@ -298,7 +299,7 @@ def latest_complete(out: Path, *, say: Callable[[str], None] | None = None, run_
 
 def complete_checkpoints(out: Path, *, say: Callable[[str], None] | None = None, run_id: str = "") -> Iterator[Path]:
     """Every checkpoint that ``latest_complete`` might give, newest first."""
-    for folder in _folders(out):
+    for folder in checkpoint_folders(out):
         try:
             theirs = verify(folder).get("run_id", "")
             read_state(folder)
@@ -356,7 +357,7 @@ def _check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {facts['size']}", hint=OTHER_HINT)
 
 
-def _folders(out: Path) -> list[Path]:
+def checkpoint_folders(out: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
     found = [path for path in out.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
     return sorted(found, key=lambda path: -_step_of(path))

@@ -16,7 +16,14 @@ import tomli
 from eulerforge.config.atomic import fsync_path, put_back_replaced, remove_leftovers
 from eulerforge.config.location import from_the_root
 from eulerforge.errors import CheckpointError, RunError, UsageError
-from eulerforge.training.checkpoint import MANIFEST_FILE, delete_folder, latest_complete, read_state, verify
+from eulerforge.training.checkpoint import (
+    MANIFEST_FILE,
+    checkpoint_folders,
+    delete_folder,
+    latest_complete,
+    read_state,
+    verify,
+)
 from eulerforge.training.final import FOLDER as FINAL
 from eulerforge.training.metrics import read_metrics
 from eulerforge.training.receipt import FILE_NAME as RECEIPT_FILE
@@ -55,6 +62,8 @@ def is_finished_and_whole(out: Path, say: Callable[[str], None], training: Train
         verify(out / FINAL)
         final = read_state(out / FINAL)
     except CheckpointError as error:
+        if latest_complete(out, say=say) is None:
+            refuse_to_begin_anew(out, f"{error}; ")
         say(f"{error}; it will be written again")
         return False
     steps = training.max_train_steps
@@ -67,6 +76,21 @@ def is_finished_and_whole(out: Path, say: Callable[[str], None], training: Train
             hint="--output-dir takes another folder, --overwrite starts anew and deletes what is there",
         )
     return False
+
+
+def refuse_to_begin_anew(out: Path, why: str = "") -> None:
+    """Refuse to resume at step 0 where that would write over what an earlier run left.
+
+    Raises:
+        CheckpointError: there is a ``final`` or a checkpoint; ``why`` goes before what is said of it.
+    """
+    left = [path for path in (out / FINAL, *checkpoint_folders(out)) if path.is_dir() and any(path.iterdir())]
+    if left:
+        raise CheckpointError(
+            f"{why}{out} has no complete checkpoint to go on from, and step 0 on would write over {left[0].name}",
+            hint="--output-dir takes another folder, --overwrite starts anew; merge and export need of final only"
+            " its adapter.safetensors, state.json and manifest.json",
+        )
 
 
 def _epochs_are_more(out: Path, step: int, epochs: float) -> bool:

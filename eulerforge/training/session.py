@@ -197,7 +197,7 @@ class _Session:
         """Write the preset and the receipt, or check that they still hold and load the newest checkpoint."""
         resumes = self.options.resume and outdir.is_used(self.out)
         old = read_receipt(self.out) if resumes else {}
-        self.state.run_id = str(old.get("run_id") or secrets.token_hex(8))
+        self.state.run_id = str(old.get("run_id") or (resumes and self._id_of_newest()) or secrets.token_hex(8))
         self.state.identity = identity(self.run, self.registry, weights, self.total_steps)
         parts = list(old.get("resumed", []))
         if resumes:
@@ -219,10 +219,19 @@ class _Session:
         write_text_atomic(self.out / outdir.CONFIG_FILE, recorded.to_toml(comments=False))
         write_json_atomic(self.out / outdir.RECEIPT_FILE, {**receipt, "resumed": parts})
 
+    def _id_of_newest(self) -> str:
+        """The run's id as its newest complete checkpoint has it, for a folder whose receipt is lost."""
+        newest = latest_complete(self.out)
+        if newest is None:
+            return ""
+        self.say(f"warning: {self.out / outdir.RECEIPT_FILE} cannot be read: the run is that of {newest.name}")
+        return read_state(newest).run_id
+
     def _load_newest(self) -> list[dict[str, Any]]:
         """Go on from the newest complete checkpoint, if there is one; give back the changes that were allowed."""
         newest = latest_complete(self.out, say=self.say, run_id=self.state.run_id)
         if newest is None:
+            outdir.refuse_to_begin_anew(self.out)
             self.say(f"{self.out} has no complete checkpoint: starting at step 0")
             return []
         saved, now = read_state(newest), self.state

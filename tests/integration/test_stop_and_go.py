@@ -376,6 +376,45 @@ def test_a_finished_run_without_checkpoints_is_not_begun_anew(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("damage", ["final without its largest file", "no final, one checkpoint", "final alone"])
+def test_resume_never_begins_anew_over_what_is_left(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    if damage == "no final, one checkpoint":
+        (out / "final").rename(out / "checkpoint-6")
+        (out / "checkpoint-6" / "adapter.safetensors").unlink()
+    else:
+        name = "manifest.json" if damage == "final alone" else "model_with_adapters.safetensors"
+        (out / "final" / name).unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main([*words(straight, out), "--resume"]) == 2
+    shown = capsys.readouterr().err
+    assert f"{out} has no complete checkpoint to go on from, and step 0 on would write over" in shown
+    assert "will be written again" not in shown
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    if damage == "final without its largest file":
+        assert main(["merge", str(out), "--output", str(tmp_path / "merged")]) == 0
+
+
+def test_a_run_whose_receipt_is_lost_goes_on(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = cut(straight, tmp_path / "run", 4)
+    (out / "receipt.json").unlink()
+    (out / "summary.json").unlink()
+    assert main([*words(straight, out), "--resume"]) == 0
+    shown = capsys.readouterr().err
+    assert "receipt.json cannot be read: the run is that of checkpoint-4" in shown
+    assert f"resumed from {out / 'checkpoint-4'} at step 4" in shown
+    assert_equal(straight, out)
+    assert json.loads((out / "receipt.json").read_text())["run_id"] == read_state(straight / "final").run_id
+
+
 def test_a_finished_run_whose_curve_has_ended_is_not_made_longer(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
