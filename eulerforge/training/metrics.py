@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,13 +29,20 @@ class RowLog(Protocol):
 class MetricsLog:
     """Appends rows; opened at step N, it first drops the rows of later steps, which will be trained again.
 
-    With ``measured_again`` the held-out loss of step N goes too.
+    With ``measured_again`` the held-out loss of step N goes too; ``say`` hears of damaged lines, which go as well.
     Every method raises RunError when the disk is full or not writable.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0, measured_again: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int = 0,
+        measured_again: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         self.path = folder / FILE_NAME
-        kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
+        kept = [row for row in read_metrics(folder, say=say) if row["step"] <= step] if step else []
         if measured_again:
             kept = [row for row in kept if row["step"] < step or "held_out_loss" not in row]
         with self._faults():
@@ -70,15 +77,25 @@ class MetricsLog:
         os.close(self._descriptor)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder; a last line that a power failure cut short is left out."""
+def read_metrics(folder: Path, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """The rows of a run folder; damaged lines are left out and said.
+
+    Nothing is said of a last line that a power failure cut short.
+    """
     path = folder / FILE_NAME
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    rows, bad = [], []
+    *whole, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate([*whole, last] if last else whole, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif number <= len(whole):
+            bad.append(number)
+    if bad and say is not None:
+        say(f"warning: {path} line {bad[0]} is damaged, {len(bad):,} in all: such rows are left out")
     return rows

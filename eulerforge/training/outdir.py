@@ -67,7 +67,9 @@ def is_finished_and_whole(out: Path, say: Callable[[str], None], training: Train
         say(f"{error}; it will be written again")
         return False
     steps = training.max_train_steps
-    if not (_epochs_are_more(out, final.step, training.num_epochs or 1.0) if steps is None else steps > final.step):
+    if not (
+        _epochs_are_more(out, final.step, training.num_epochs or 1.0, say) if steps is None else steps > final.step
+    ):
         return True
     if latest_complete(out, say=say, run_id=final.run_id) is None:
         raise CheckpointError(
@@ -93,9 +95,9 @@ def refuse_to_begin_anew(out: Path, why: str = "") -> None:
         )
 
 
-def _epochs_are_more(out: Path, step: int, epochs: float) -> bool:
+def _epochs_are_more(out: Path, step: int, epochs: float, say: Callable[[str], None]) -> bool:
     """Whether a run that ended at ``step`` has gone through its rows less often, as its metrics say."""
-    seen = [row["epoch"] for row in read_metrics(out) if row.get("step") == step and "epoch" in row]
+    seen = [row["epoch"] for row in read_metrics(out, say=say) if row.get("step") == step and "epoch" in row]
     return bool(seen) and epochs > seen[-1] + 1e-9
 
 

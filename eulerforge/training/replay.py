@@ -70,7 +70,7 @@ def replay(out: Path, registry: Registry, *, steps: int, start: int | None, say:
     """
     if not outdir.is_used(out):
         raise CheckpointError(f"{out} is no run: it has no {outdir.CONFIG_FILE}", hint="give a run's folder")
-    recorded = read_metrics(out)
+    recorded = read_metrics(out, say=say)
     folders = _compared_folders(out, say)
     start, end = _window(out, recorded, folders, steps, start)
     loaded = load_run_config(str(out / outdir.CONFIG_FILE), [], strategy_configs=registry.strategy_config)

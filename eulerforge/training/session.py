@@ -73,7 +73,7 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
     with outdir.locked(out):
         if options.resume and outdir.is_finished_and_whole(out, say, loaded.run.training):
             say(f"{out} is finished: nothing is left to train")
-            return _finished_summary(out)
+            return _finished_summary(out, say)
         outdir.sweep(out, say)
         if options.resume and not outdir.is_used(out):
             say(f"warning: {out} holds no run to resume: a new one starts at step 0 (is that folder the one you mean?)")
@@ -148,7 +148,8 @@ class _Session:
         # measured again: at the end always, elsewhere when a stop gave it up
         again = self.state.step == self.total_steps or self.state.held_out.get("step") != self.state.step
         blamed = plugin_blamed(self.registry, lambda: self.state.step)
-        with MetricsLog(self.out, step=self.state.step, measured_again=again) as log, progress, blamed:
+        opened = MetricsLog(self.out, step=self.state.step, measured_again=again, say=self.say)
+        with opened as log, progress, blamed:
             if not self.state.step:
                 self.state.before = self._measured(log, progress)
             train_loop(
@@ -315,7 +316,13 @@ class _Session:
         return answers
 
 
-def _finished_summary(out: Path) -> dict[str, Any]:
+def _finished_summary(out: Path, say: Say) -> dict[str, Any]:
     path = out / outdir.SUMMARY_FILE
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"output_dir": str(out)}
+    found: dict[str, Any] = {"output_dir": str(out)}
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        say(f"warning: {path} cannot be read: {error}")
     return {**found, "already_finished": True}

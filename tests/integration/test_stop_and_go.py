@@ -425,6 +425,19 @@ def test_a_finished_run_whose_curve_has_ended_is_not_made_longer(
     assert (out / "final" / "adapter.safetensors").read_bytes() == (straight / "final/adapter.safetensors").read_bytes()
 
 
+def test_a_damaged_summary_of_a_finished_run_is_said(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    for content in (b"\xff", b'{"steps": ', b"7"):
+        (out / "summary.json").write_bytes(content)
+        assert main([*words(straight, out), "--resume"]) == 0
+        shown = capsys.readouterr()
+        assert f"warning: {out / 'summary.json'} cannot be read: " in shown.err
+        assert f"{out} is finished" in shown.out
+
+
 def test_another_torch_is_said_and_recorded(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = cut(straight, tmp_path / "run", 4)
     receipt = json.loads((out / "receipt.json").read_text())

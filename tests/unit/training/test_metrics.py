@@ -57,5 +57,17 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_damaged_lines_are_left_out_said_and_no_later_row_with_them(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, 3)
+    lines = (tmp_path / FILE_NAME).read_bytes().splitlines(keepends=True)
+    (tmp_path / FILE_NAME).write_bytes(lines[0] + b"\xff{\n" + lines[1] + b'{"loss": 1}\n' + lines[2] + b'{"st')
+    said: list[str] = []
+    assert [row["step"] for row in read_metrics(tmp_path, say=said.append)] == [1, 2, 3]
+    assert said == [f"warning: {tmp_path / FILE_NAME} line 2 is damaged, 2 in all: such rows are left out"]
+    with MetricsLog(tmp_path, step=2, say=said.append):
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert len(said) == 2
+
+
 def test_no_file_is_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
