@@ -6,7 +6,10 @@ ESC [ does, and the marks that turn the direction of writing or end a line where
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -32,6 +35,15 @@ def harmless_json(text: str) -> str:
     JSON escapes the C0 codes itself; no character that is replaced here may stand outside of a string.
     """
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def strict(data: Any) -> Any:
+    """What JSON can hold: null in place of NaN and infinity, which Python writes and JSON does not have."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: strict(value) for key, value in data.items()}
+    return [strict(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def _spelled(match: re.Match[str]) -> str:

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from eulerforge.errors import Problem
-from eulerforge.terminal import harmless, harmless_json, one_line
+from eulerforge.terminal import harmless, harmless_json, one_line, strict
 
 SCHEMA = 1
 
 
 def emit_json(data: Any) -> None:
     """Success, for a machine: ``{"schema": 1, "ok": true, "data": ...}`` on stdout; null for what is not finite."""
-    body = {"schema": SCHEMA, "ok": True, "data": _strict(data)}
+    body = {"schema": SCHEMA, "ok": True, "data": strict(data)}
     print(harmless_json(json.dumps(body, ensure_ascii=False, default=str, allow_nan=False)))
-
-
-def _strict(data: Any) -> Any:
-    """Without NaN and infinity, which Python writes and JSON does not have."""
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, Mapping):
-        return {key: _strict(value) for key, value in data.items()}
-    return [_strict(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def emit_json_problems(problems: Sequence[Problem]) -> None:

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from eulerforge.terminal import strict
+
 STAGING_PREFIX = ".staging-"
 REPLACED_PREFIX = ".replaced-"
 _RENAME_EXCHANGE = 2  # of renameat2(2)
@@ -94,8 +96,8 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """``write_text_atomic`` of readable JSON."""
-    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """``write_text_atomic`` of readable JSON; null for what is not finite."""
+    write_text_atomic(path, json.dumps(strict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""metrics.jsonl: one JSON object per optimizer step and per validation, in the order in which they happened."""
+"""metrics.jsonl: one JSON object per optimizer step and per validation, in the order in which they happened.
+
+What is not finite is null there.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any, Protocol
 
 from eulerforge.config.atomic import write_all, write_text_atomic
 from eulerforge.errors import RunError
+from eulerforge.terminal import strict
 
 FILE_NAME = "metrics.jsonl"
 
@@ -46,12 +50,12 @@ class MetricsLog:
         if measured_again:
             kept = [row for row in kept if row["step"] < step or "held_out_loss" not in row]
         with self._faults():
-            write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_text_atomic(self.path, "".join(_line(row) for row in kept))
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, row: dict[str, Any]) -> None:
         with self._faults():
-            write_all(self._descriptor, (json.dumps(row) + "\n").encode())
+            write_all(self._descriptor, _line(row).encode())
 
     def sync(self) -> None:
         """Flush to the disk, so that a checkpoint never knows more steps than this file."""
@@ -75,6 +79,10 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._descriptor)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(strict(row), allow_nan=False) + "\n"
 
 
 def read_metrics(folder: Path, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:

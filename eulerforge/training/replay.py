@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from eulerforge.config import load_run_config
 from eulerforge.data.batches import BatchPlan
 from eulerforge.errors import CheckpointError, RunError, UsageError
+from eulerforge.terminal import strict
 from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say, assemble
 from eulerforge.training.checkpoint import (
@@ -86,8 +87,8 @@ class _Replay:
         self, run: Run, registry: Registry, recorded: list[dict[str, Any]], folders: dict[int, list[Path]], say: Say
     ) -> None:
         self.run, self.registry, self.folders, self.say = run, registry, folders, say
-        self.losses = {row["step"]: row for row in recorded if "loss" in row}
-        self.held_out = {row["step"]: row for row in recorded if "held_out_loss" in row}
+        self.losses = {row["step"]: strict(row) for row in recorded if "loss" in row}
+        self.held_out = {row["step"]: strict(row) for row in recorded if "held_out_loss" in row}
         self.optimizer = make_optimizer(run.model, run.phases.groups, run.config.training)
         self.state = TrainState()
         self.numbers = self.tensors = 0
@@ -117,6 +118,7 @@ class _Replay:
 
     def write(self, row: dict[str, Any]) -> None:
         """Compare a row of the loop with the recorded one, and the tensors where the run left some."""
+        row = strict(row)  # as the log has it
         step = row["step"]
         theirs = (self.losses if "loss" in row else self.held_out).get(step)
         if theirs is None and "loss" in row:

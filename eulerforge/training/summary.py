@@ -74,7 +74,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         change = held_out["change"]
         relative = "" if change is None else f" ({abs(change):.1%} {'lower' if change <= 0 else 'HIGHER'})"
         before = "" if held_out["before"] is None else f"{held_out['before']:.4f} -> "
-        lines.append(f"held-out loss {before}{held_out['after']:.4f}{relative}")
+        after = "nan" if held_out["after"] is None else f"{held_out['after']:.4f}"  # null in the file
+        lines.append(f"held-out loss {before}{after}{relative}")
     speed = f", {summary['tokens_per_s']:,.0f} tokens/s" if summary["tokens_per_s"] else ""
     lines += [
         f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(summary['seconds'])}{speed},"

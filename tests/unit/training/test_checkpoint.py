@@ -192,6 +192,10 @@ def test_a_held_out_loss_that_is_no_number_is_never_the_best(saved: Saved) -> No
     for step, loss in ((1, 2.0), (2, 1.0), (3, float("nan")), (4, 3.0)):
         saved.save(step, held_out=loss, keep_best=1)
     assert names(saved.out) == ["checkpoint-2", "checkpoint-4"]
+    folder = saved.save(5, held_out=float("nan"))
+    assert verify(folder)["held_out_loss"] is None
+    assert room.read_state(folder).held_out == {"step": 5, "loss": None}
+    assert not any("NaN" in path.read_text() for path in folder.glob("*.json"))
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(saved: Saved) -> None:

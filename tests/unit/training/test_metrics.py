@@ -69,5 +69,16 @@ def test_damaged_lines_are_left_out_said_and_no_later_row_with_them(tmp_path: Pa
     assert len(said) == 2
 
 
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    """NaN is not JSON; a file of an earlier version that holds one is mended when it is cut."""
+    (tmp_path / FILE_NAME).write_text('{"step": 1, "loss": 1.5}\n{"step": 1, "held_out_loss": NaN}\n')
+    with MetricsLog(tmp_path, step=1) as log:
+        log.write({"step": 2, "loss": 1.0, "rates": (float("inf"), 2.0)})
+    assert read_metrics(tmp_path)[1:] == [
+        {"step": 1, "held_out_loss": None},
+        {"step": 2, "loss": 1.0, "rates": [None, 2.0]},
+    ]
+
+
 def test_no_file_is_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from eulerforge.cli.main import command_parser
+from eulerforge.terminal import strict
 from eulerforge.training.checkpoint import TrainState
 from eulerforge.training.summary import make_summary, summary_lines
 
@@ -56,6 +58,12 @@ def test_held_out_rows_that_only_the_end_has(run: Any) -> None:
     summary = make_summary(run, state(before={"samples": []}), AFTER)
     assert summary["held_out"] == {"before": None, "after": 3.0, "change": None}
     assert "held-out loss 3.0000" in summary_lines(summary)
+
+
+def test_a_loss_that_was_not_finite_is_null_in_the_file_and_nan_for_a_person(run: Any) -> None:
+    summary = make_summary(run, state(before={}), {"held_out_loss": float("nan"), "samples": []})
+    read = json.loads(json.dumps(strict(summary), allow_nan=False))
+    assert "held-out loss nan" in summary_lines(read)
 
 
 def test_answers_are_paired_by_prompt(run: Any) -> None:
