@@ -131,8 +131,7 @@ def write_merged(
         quantized=run.run.model.load_precision.mode in QUANTIZED_MODES,
     )
     audit.refuse(force=force)
-    # where a link leads: for its room the link was made
-    with staged_folder(out.resolve(), replace=out.is_dir()) as staging:
+    with staged_folder(place_of(out), replace=out.is_dir()) as staging:
         check = _accept if force else _refuse_not_finite
         size = sum(_write_shard(base, file, changes, target, staging, check) for file in base.files)
         if base.index is not None:
@@ -213,6 +212,12 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
             f"{out} is no export of ours (it has no {RECEIPT}), so it is not overwritten",
             hint="choose another --output, or delete the folder yourself",
         )
+
+
+def place_of(out: Path) -> Path:
+    """Where an export is written: a link is followed, for whose room it was made; but over an earlier export the link
+    goes and what it leads to stays."""
+    return out if out.is_dir() and any(out.iterdir()) else out.resolve()
 
 
 def verify_loads(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -21,7 +21,7 @@ from eulerforge.errors import Problem, UsageError
 from eulerforge.export.audit import ExportAudit
 from eulerforge.export.basefiles import TOKENIZER_FILES, other_files, read_base_files
 from eulerforge.export.measure import audit_changes
-from eulerforge.export.merged import RECEIPT, Written, changes_of, check_destination, copy_files, origin
+from eulerforge.export.merged import RECEIPT, Written, changes_of, check_destination, copy_files, origin, place_of
 from eulerforge.export.rundir import TrainedRun
 from eulerforge.lora.experts import LoRAExperts
 from eulerforge.lora.linear import LoRALinear
@@ -79,7 +79,7 @@ def write_peft(
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A.detach().float().cpu().contiguous()
         lora_B = module.lora_B.detach().float().cpu() * (module.scaling / scaling)
         tensors[f"base_model.model.{path}.lora_B.weight"] = lora_B.contiguous()
-    with staged_folder(out.resolve(), replace=out.is_dir()) as staging:
+    with staged_folder(place_of(out), replace=out.is_dir()) as staging:
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
         copy_files(run.source.folder, tokenizer, staging)
         said = [problem.to_json() for problem in notes]

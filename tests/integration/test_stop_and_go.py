@@ -254,7 +254,7 @@ def test_losses_of_other_rows_are_not_compared(straight: Path, tmp_path: Path) -
     tokens = {row["step"]: row["held_out_tokens"] for row in measured}
     assert sorted(tokens) == [0, 2, 4, 6]
     assert tokens[0] == tokens[2] < tokens[4] == tokens[6]
-    assert read_state(out / "checkpoint-6").held_out["step"] == 4
+    assert read_state(out / "checkpoint-6").held_out["step"] == 6
 
 
 def test_what_was_measured_of_another_base_is_forgotten(straight: Path, tmp_path: Path) -> None:
