@@ -11,9 +11,10 @@ import attrs
 from eulerforge.cli.output import say, warn
 from eulerforge.cli.plugin_options import DEBUG_HELP, add_plugin_options
 from eulerforge.config import LoadedConfig, load_run_config
-from eulerforge.config.location import expanded, resolve_location
+from eulerforge.config.location import expanded, is_package_location, resolve_location
 from eulerforge.config.phase_checks import best_problems, phase_problems
 from eulerforge.errors import ConfigError, PluginError, Problem, UsageError
+from eulerforge.models.source import NO_MODEL, can_only_be_here
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -88,12 +89,11 @@ def _sourced(problem: Problem, loaded: LoadedConfig) -> Problem:
 
 def _missing_model(name: str) -> Iterator[Problem]:
     """A model that can only be here, and is not; what else is written may be a name on the hub."""
-    path = expanded(name)
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+    if can_only_be_here(name) and not is_package_location(name) and not expanded(name).exists():
         yield Problem(
             key="model_name",
             message=f"there is no {'file' if name.endswith('.gguf') else 'model folder'} {name}",
-            hint="give a folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B",
+            hint=NO_MODEL,
         )
 
 

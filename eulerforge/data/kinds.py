@@ -16,7 +16,8 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("instruction/output", ("instruction", "output")),
     ("text", ("text",)),
 )
-_OPTIONAL = {"instruction/output": ("input",)}
+_ALL_KEYS = {**dict(KINDS), "instruction/output": ("instruction", "output", "input")}
+"""Those that a kind can do without, too."""
 _OTHER_NAMES = {
     "prompt": ("question", "query", "instruction"),
     "response": ("answer", "output"),
@@ -28,7 +29,7 @@ _OTHER_NAMES = {
 
 def columns_of(kind: str, columns: Mapping[str, str]) -> set[str]:
     """The columns that rows of a kind have; ``columns`` are the file's names of our keys, here and below."""
-    return {columns[key] for key in (*dict(KINDS)[kind], *_OPTIONAL.get(kind, ()))}
+    return {columns[key] for key in _ALL_KEYS[kind]}
 
 
 def kind_of(names: Collection[str], columns: Mapping[str, str]) -> str | None:
@@ -43,7 +44,7 @@ def no_kind(data: Mapping[str, Any], columns: Mapping[str, str]) -> BadRow:
     """
     best, nearest = (False, 0, 0), ""
     for kind, keys in KINDS:
-        mapped, known = _mapped(data, kind, columns), [*keys, *_OPTIONAL.get(kind, ())]
+        mapped, known = _mapped(data, kind, columns), _ALL_KEYS[kind]
         there = [key for key in known if columns[key] in data]
         whole = all(key in there or key in mapped for key in keys)
         score = (whole, len(there) + len(mapped), min(len(data), len(known)))
@@ -62,9 +63,8 @@ def no_kind(data: Mapping[str, Any], columns: Mapping[str, str]) -> BadRow:
 
 def _mapped(data: Mapping[str, Any], kind: str, columns: Mapping[str, str]) -> dict[str, str]:
     """Keys of a kind that the row lacks, and its columns that are named as other tools name these."""
-    keys = (*dict(KINDS)[kind], *_OPTIONAL.get(kind, ()))
     free = [name for name in data if name not in columns_of(kind, columns)]
-    named = {key: next((name for name in _OTHER_NAMES.get(key, ()) if name in free), "") for key in keys}
+    named = {key: next((name for name in _OTHER_NAMES.get(key, ()) if name in free), "") for key in _ALL_KEYS[kind]}
     return {key: name for key, name in named.items() if name and columns[key] not in data}
 
 

@@ -91,11 +91,10 @@ class TurnReader:
             for needed in (role_key, content_key):
                 if needed not in turn:
                     raise BadRow(f"{needed} is missing", f"{place}.{needed}", f"it has {names_of(turn)}")
-            role = text_of(turn[role_key], f"{place}.{role_key}", may_be_empty=True)
-            known = roles.get(role) or roles.get(role.lower())
-            if known is None:
-                raise BadRow(f"unknown role {role!r}", f"{place}.{role_key}", f"known: {', '.join(roles)}")
-            role = known
+            speaker = text_of(turn[role_key], f"{place}.{role_key}", may_be_empty=True)
+            role = roles.get(speaker.lower())
+            if role is None:
+                raise BadRow(f"unknown role {speaker!r}", f"{place}.{role_key}", f"known: {', '.join(roles)}")
             if len(turn) > 2:
                 _refuse_meant(turn, place, role)
                 more = turn.keys() - {role_key, content_key, *_MARKS, *_MEANT}

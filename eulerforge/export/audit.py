@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 
 from eulerforge.errors import Problem, RunError
+from eulerforge.terminal import strict
 
 EXPLODING = 5.0
 """||D|| / ||W|| above which a layer is refused. Runs of SmolLM2-135M that learnt stayed below 0.4 in every layer, one
@@ -110,7 +111,7 @@ class LayerAudit:
         return {
             "name": self.name,
             "dtype": self.dtype,
-            **{name: _plain(getattr(self, name)) for name in numbers},
+            **{name: strict(getattr(self, name)) for name in numbers},
             **{name: getattr(self, name) for name in flags},
         }
 
@@ -143,7 +144,7 @@ class LogitsAudit:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {name: _plain(value) for name, value in attrs.asdict(self).items()}
+        return strict(attrs.asdict(self))
 
 
 @attrs.frozen(kw_only=True)
@@ -214,7 +215,7 @@ class ExportAudit:
         """The receipt's part: the measures, the limits that they were held against, and what was forced."""
         quantized = self.quantized
         return {
-            "lost": _plain(self.lost),
+            "lost": strict(self.lost),
             "logits": None if self.logits is None else self.logits.to_json(),
             "limits": {
                 "ratio": EXPLODING,
@@ -258,8 +259,3 @@ def share(part: float, whole: float) -> float:
     if whole == 0:
         return 0.0 if part == 0 else math.inf
     return part / whole
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON has: what is not finite becomes None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

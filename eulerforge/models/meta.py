@@ -15,7 +15,7 @@ from eulerforge.config.location import expanded
 from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.soundness import check_folder
-from eulerforge.models.source import from_hub_failed, no_config, resolve_source
+from eulerforge.models.source import can_only_be_here, from_hub_failed, no_config, resolve_source
 
 
 def meta_model(run: RunConfig, dtype: torch.dtype | None = None) -> Any:
@@ -69,7 +69,6 @@ def _config_location(run: RunConfig) -> str | Path:
         if not (path / "config.json").is_file():
             raise no_config(name, path)
         return path
-    local = path.is_absolute() or name.startswith((".", "~", "pkg://")) or name.endswith(".gguf")
-    if not local and name.count("/") == 1:
+    if not (can_only_be_here(name) or name.endswith(".gguf")) and name.count("/") == 1:
         return name
     return resolve_source(name, revision=run.model.revision).folder

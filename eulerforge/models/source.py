@@ -9,7 +9,7 @@ from pathlib import Path
 
 import attrs
 
-from eulerforge.config.location import expanded, resolve_location
+from eulerforge.config.location import SCHEME, expanded, resolve_location
 from eulerforge.errors import ModelError, first_line
 
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -17,6 +17,7 @@ HUB_COPIES = ("consolidated*.safetensors", "original/*")
 """Weights in a second form, beside those that transformers reads."""
 RUN_FILE, MANIFEST = "resolved_config.toml", "manifest.json"
 """What a run's folder holds, and each of its checkpoints."""
+NO_MODEL = "give a folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
 MOST_CAUSES = 10
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -51,14 +52,15 @@ def resolve_source(
         return BaseSource(kind="gguf", name=model_name, folder=converted_folder(path, say=say))
     if path.is_dir():
         return BaseSource(kind="folder", name=model_name, folder=_checked(path, model_name))
-    if path.is_absolute() or model_name.startswith((".", "~", "pkg://")) or model_name.count("/") != 1:
-        raise ModelError(
-            f"there is no model folder {model_name!r}",
-            key="model_name",
-            hint="give a folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B",
-        )
+    if can_only_be_here(model_name) or model_name.count("/") != 1:
+        raise ModelError(f"there is no model folder {model_name!r}", key="model_name", hint=NO_MODEL)
     folder = _checked(_from_hub(model_name, revision), model_name, pickles_left=True)
     return BaseSource(kind="hub", name=model_name, folder=folder)
+
+
+def can_only_be_here(model_name: str) -> bool:
+    """Whether this is no name that the hub could have."""
+    return expanded(model_name).is_absolute() or model_name.startswith((".", "~", SCHEME))
 
 
 def _checked(folder: Path, model_name: str, *, pickles_left: bool = False) -> Path:

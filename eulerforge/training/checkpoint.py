@@ -34,13 +34,13 @@ from eulerforge.config.atomic import (
 from eulerforge.errors import CheckpointError, RunError
 from eulerforge.lora.state import adapter_state, load_adapter_state
 from eulerforge.models.sizes import gib
+from eulerforge.models.source import MANIFEST as MANIFEST_FILE
 from eulerforge.training.identity import BASE, HELD_OUT
 from eulerforge.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-MANIFEST_FILE = "manifest.json"
 SCHEMA = 1
 OTHER_HINT = "use another checkpoint of the run"
 SLACK_BYTES = 1 << 20
@@ -155,7 +155,7 @@ def rotate(out: Path, state: TrainState, *, keep_last: int | None, keep_best: in
     for folder in checkpoint_folders(out):
         try:
             manifest = _read_manifest(folder)
-            _check_sizes(folder, manifest)
+            _check_sizes(folder, manifest["files"])
             facts = read_state(folder).identity
         except CheckpointError:
             continue
@@ -280,7 +280,7 @@ def verify(folder: Path, *, only: Collection[str] | None = None) -> Mapping[str,
     """
     manifest = _read_manifest(folder)
     wanted = {name: facts for name, facts in manifest["files"].items() if only is None or name in only}
-    _check_sizes(folder, {"files": wanted})
+    _check_sizes(folder, wanted)
     for name, facts in wanted.items():
         if sha256_of(folder / name) != facts["sha256"]:
             raise CheckpointError(f"{folder / name} has changed since it was written", hint=OTHER_HINT)
@@ -346,8 +346,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    for name, facts in manifest["files"].items():
+def _check_sizes(folder: Path, files: Mapping[str, Any]) -> None:
+    for name, facts in files.items():
         path = folder / name
         if Path(name).name != name or name == "..":
             raise CheckpointError(f"{folder / MANIFEST_FILE} names a file outside its folder: {name}", hint=OTHER_HINT)
@@ -359,8 +359,12 @@ def _check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def checkpoint_folders(out: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
-    found = [path for path in out.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: -_step_of(path))
+    return sorted((path for path in checkpoint_paths(out) if path.is_dir()), key=lambda path: -_step_of(path))
+
+
+def checkpoint_paths(out: Path) -> Iterator[Path]:
+    """What has the name of a checkpoint, whatever it is."""
+    return (path for path in out.glob("checkpoint-*") if path.name[11:].isdigit())
 
 
 def _step_of(folder: Path) -> int:

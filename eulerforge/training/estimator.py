@@ -20,6 +20,7 @@ from eulerforge.models.quantized import QUANTIZED_MODES, parameter_count, plan_o
 from eulerforge.training.attention import heads_of
 from eulerforge.training.document_products import kept_numbers
 from eulerforge.training.estimate import Estimate
+from eulerforge.training.forward import softcap_of
 from eulerforge.training.heap import heap_bytes
 from eulerforge.training.kernelcache import KEPT
 from eulerforge.training.layerblocks import LayerBlocks
@@ -198,7 +199,7 @@ class Estimator:
         rows = min(tokens, chunk_rows(vocabulary, size, self.device))
         block = min(rows, block_rows(vocabulary, self.device))
         # of a block in fp32: probabilities; soft-capped logits, their square and their slope
-        copies = 4 if getattr(text, "final_logit_softcapping", None) else 1
+        copies = 4 if softcap_of(self.model) else 1
         work = 4 * block * vocabulary * copies + 3 * tokens * width * size
         return LossBlocks(room=rows * vocabulary * size, work=work)
 

@@ -28,17 +28,18 @@ def label_token_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
         at_N = (next_labels_BT != IGNORED).flatten().nonzero()[:, 0]
         labels_N = next_labels_BT.flatten()[at_N]
     hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, at_N)
-    return summed_cross_entropy(model.get_output_embeddings(), hidden_NH, labels_N, _softcap(model)), len(labels_N)
+    return summed_cross_entropy(model.get_output_embeddings(), hidden_NH, labels_N, softcap_of(model)), len(labels_N)
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """What the loss takes for the logits of hidden states (..., H); ``training/headcheck.py`` holds it."""
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    softcap = _softcap(model)
+    softcap = softcap_of(model)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _softcap(model: Any) -> float | None:
+def softcap_of(model: Any) -> float | None:
+    """What the model's logits are capped at, softly; None where they are not."""
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 

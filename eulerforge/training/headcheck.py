@@ -12,7 +12,7 @@ import torch
 
 from eulerforge.errors import RunError, first_line
 from eulerforge.training.forward import logits_of
-from eulerforge.training.onelayer import Through
+from eulerforge.training.standins import Through, standing_in
 
 TOKENS = 4
 TOLERANCE = 2**-6
@@ -27,22 +27,18 @@ def check_head(model: Any) -> str | None:
         RunError: the logits are others.
     """
     decoder, was_training = model.get_decoder(), model.training
-    real = list(decoder.layers)
     states: list[torch.Tensor] = []
     handle = decoder.register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))
     ids = torch.arange(1, TOKENS + 1, device=model.device)[None]
     try:
         model.eval()
-        for at, layer in enumerate(real):
-            decoder.layers[at] = Through(layer)
-        found = model(input_ids=ids, use_cache=False).logits.float()
+        with standing_in(decoder.layers, {at: Through(layer) for at, layer in enumerate(decoder.layers)}):
+            found = model(input_ids=ids, use_cache=False).logits.float()
         wanted = logits_of(model, states[-1]).float()
     except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
         return f"the logits could not be compared with the head's: {type(error).__name__}: {first_line(error)}"
     finally:
         handle.remove()
-        for at, layer in enumerate(real):
-            decoder.layers[at] = layer
         model.train(was_training)
     apart = float((found - wanted).abs().max())
     largest = float(torch.maximum(found.abs().max(), wanted.abs().max()))

@@ -1,8 +1,8 @@
 """What the C library's heap holds of freed memory at the peak of a run on the CPU.
 
-Notable: glibc cannot give an aligned block's place to one of the same size, which leaves holes. That share is the one
-number of the estimate that is not counted: it was fitted to runs of ``benchmarks/estimate_grid.py`` with glibc 2.36,
-with and without large tensors at the border of a page (``training/bigblocks.py``).
+Notable: glibc cannot give an aligned block's place to one of the same size, which leaves holes. Their shares are
+the only numbers of the estimate that are not counted: they were fitted to runs of ``benchmarks/estimate_grid.py`` with
+glibc 2.36, with and without large tensors at the border of a page (``training/bigblocks.py``).
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from eulerforge.training.layerblocks import (
 )
 from eulerforge.training.norms import quicken_norms
 from eulerforge.training.recompute import SWITCH, Offload
+from eulerforge.training.standins import Through, standing_in
 
 TOKENS = BLOCK // 2
 """A layer is computed on this many tokens and on twice as many: no more than one block of attention."""
@@ -67,27 +68,25 @@ def record_layer(
         offload: whether what the layer keeps for its backward pass leaves the device.
     """
     decoder = model.get_decoder()
-    was_training, real = model.training, list(decoder.layers)
+    was_training, layer = model.training, decoder.layers[index]
     generator = torch.get_rng_state()
-    watched = _Watched(real[index], takes_gradient)
-    with _materialized(decoder, real[index], device):
+    watched = _Watched(layer, takes_gradient)
+    with _materialized(decoder, layer, device):
         try:
             model.train()
-            for at, layer in enumerate(real):
-                decoder.layers[at] = watched if at == index else Through(layer)
+            others = {at: Through(other) for at, other in enumerate(decoder.layers)}
             records = []
-            before = _storages(real[index])
-            # the first passes lay weights out anew and make what is made once
-            for count in (tokens, 2 * tokens, tokens, 2 * tokens):
-                with fresh_rooms() as kept, none_kept():
-                    records.append(_one_pass(model, watched, count, device, packed, kept, offload))
-                _forget_gradients(real[index])
-            after = _storages(real[index])
+            before = _storages(layer)
+            with standing_in(decoder.layers, {**others, index: watched}):
+                # the first passes lay weights out anew and make what is made once
+                for count in (tokens, 2 * tokens, tokens, 2 * tokens):
+                    with fresh_rooms() as kept, none_kept():
+                        records.append(_one_pass(model, watched, count, device, packed, kept, offload))
+                    _forget_gradients(layer)
+            after = _storages(layer)
             moved = [name for name, (place, _) in after.items() if place != before[name][0]]
         finally:
-            _forget_gradients(real[index])  # of a pass that failed too: the model may be the run's own
-            for at, layer in enumerate(real):
-                decoder.layers[at] = layer
+            _forget_gradients(layer)  # of a pass that failed too: the model may be the run's own
             model.train(was_training)
             torch.set_rng_state(generator)
     laid_out = sum(after[name][1] for name in moved)
@@ -146,20 +145,6 @@ def _one_pass(
     return attrs.evolve(LayerRecord.of(record, watched.named), rooms=sizes)
 
 
-class Through(nn.Module):
-    """Stands where a layer stood and gives what it is given; whatever else is asked of it is the layer's."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
-
-    def forward(self, states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return states
-
-
 class _Watched(Through):
     """The layer itself, with marks where it begins and ends in both directions."""
 
@@ -170,20 +155,22 @@ class _Watched(Through):
         super().__init__(layer)
         self.__dict__["takes_gradient"], self.__dict__["record"] = takes_gradient, None
 
-    def forward(self, states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
         record, named = self.record, self.named
         assert record is not None  # noqa: S101 - set for each pass
         # not a leaf, which autograd would hold on to: it is freed when the layer keeps it no more
-        own = states.detach() + torch.zeros((), dtype=states.dtype, device=states.device, requires_grad=True)
+        own = hidden_states.detach() + torch.zeros(
+            (), dtype=hidden_states.dtype, device=hidden_states.device, requires_grad=True
+        )
         own = own if self.takes_gradient else own.detach()
         # the copy is recorded in place of what was given
-        named[record.block_of(states)], named[record.block_of(own)] = GIVEN, STATES
+        named[record.block_of(hidden_states)], named[record.block_of(own)] = GIVEN, STATES
         record.mark("in")
         result = self.__dict__["layer"](own, *arguments, **keywords)
         result = result if isinstance(result, torch.Tensor) else result[0]
         if own.requires_grad:
             own.register_hook(self._marking("end", NEXT))
-        del own, states
+        del own, hidden_states
         named[record.block_of(result)] = RESULT
         record.mark("out")
         if result.requires_grad:

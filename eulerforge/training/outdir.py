@@ -16,9 +16,11 @@ import tomli
 from eulerforge.config.atomic import fsync_path, put_back_replaced, remove_leftovers
 from eulerforge.config.location import from_the_root
 from eulerforge.errors import CheckpointError, RunError, UsageError
+from eulerforge.models.source import RUN_FILE as CONFIG_FILE
 from eulerforge.training.checkpoint import (
     MANIFEST_FILE,
     checkpoint_folders,
+    checkpoint_paths,
     delete_folder,
     latest_complete,
     read_state,
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig, TrainingConfig
     from eulerforge.models.source import BaseSource
 
-CONFIG_FILE = "resolved_config.toml"
 SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
 # the configuration is written first and deleted last: a folder with a part of a run always holds it
@@ -208,7 +209,7 @@ def _own_folders(out: Path) -> list[Path]:
 
 def _foreign_folders(out: Path) -> list[Path]:
     """What has the name of ``final`` or of a checkpoint, holds something, and is no run's."""
-    named = [out / FINAL, *sorted(path for path in out.glob("checkpoint-*") if path.name[11:].isdigit())]
+    named = [out / FINAL, *sorted(checkpoint_paths(out))]
     there = [path for path in named if path.exists() and not (path / MANIFEST_FILE).exists()]
     return [path for path in there if not path.is_dir() or any(path.iterdir())]
 

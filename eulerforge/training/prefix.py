@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import nn
 from eulerforge.config.cachedir import cache_root
 from eulerforge.errors import ConfigError, RunError, UsageError
 from eulerforge.models.sizes import gib
+from eulerforge.training.standins import Through, standing_in
 
 KEY = "training.cache_frozen_prefix"
 PROBE_LENGTH = 24
@@ -86,17 +87,9 @@ class FrozenPrefix:
                 place += size
         return states_BTH
 
-    @contextmanager
-    def _standing_in(self, states_BTH: torch.Tensor) -> Iterator[None]:
+    def _standing_in(self, states_BTH: torch.Tensor) -> AbstractContextManager[None]:
         layers = self.decoder.layers
-        real = list(layers[: self.first])
-        try:
-            for at, layer in enumerate(real):
-                layers[at] = _StandIn(layer, states_BTH)
-            yield
-        finally:
-            for at, layer in enumerate(real):
-                layers[at] = layer
+        return standing_in(layers, {at: _StandIn(layers[at], states_BTH) for at in range(self.first)})
 
     @torch.no_grad()
     def prove(self, model: Any) -> None:
@@ -128,15 +121,12 @@ class FrozenPrefix:
             )
 
 
-class _StandIn(nn.Module):
-    """Gives known hidden states where a layer would compute them; whatever else is asked of it is the layer's."""
+class _StandIn(Through):
+    """Gives known hidden states where a layer would compute them."""
 
     def __init__(self, layer: nn.Module, states_BTH: torch.Tensor) -> None:
-        super().__init__()
-        self.__dict__["layer"], self.__dict__["states_BTH"] = layer, states_BTH  # not a submodule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
+        super().__init__(layer)
+        self.__dict__["states_BTH"] = states_BTH
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         states_BTH: torch.Tensor = self.__dict__["states_BTH"]
