@@ -25,8 +25,8 @@ from eulerforge.models.processor import product_key
 from eulerforge.training.assemble import Run
 from eulerforge.training.checkpoint import TrainState
 from eulerforge.training.debug import GroupNorms
-from eulerforge.training.evaluate import EvaluationStopped, held_out_loss
 from eulerforge.training.forward import label_token_loss
+from eulerforge.training.measured import measure
 from eulerforge.training.memory import peak_bytes
 from eulerforge.training.metrics import RowLog
 from eulerforge.training.optimizer import learning_rate
@@ -61,10 +61,7 @@ def train_loop(
     trainable = enter_phase(model, run.phases, phase)
     model.train()
     if _validation_is_due(config.val_steps, state, total_steps) and state.held_out.get("step") != state.step:
-        _measure(run, state, log, progress, stop_wanted)  # a stop gave up this one
-        if state.held_out.get("step") == state.step:
-            log.sync()
-            save()  # again: keep_best reads the loss in the checkpoint
+        measure(run, state, log, progress, stop_wanted, save_again=save)  # a stop gave up this one
 
     while state.step < total_steps and not stop_wanted():
         step, began = state.step, time.perf_counter()
@@ -154,27 +151,10 @@ def train_loop(
             progress.say("\n".join([f"step {state.step} norms", *norms.lines()]))
 
         if _validation_is_due(config.val_steps, state, total_steps):
-            _measure(run, state, log, progress, stop_wanted)
+            measure(run, state, log, progress, stop_wanted)
         if config.save_steps and state.step % config.save_steps == 0:
             log.sync()
             save()
-
-
-def validate(
-    run: Run, step: int, log: RowLog, progress: Progress, stop_wanted: Callable[[], bool] = lambda: False
-) -> dict[str, float]:
-    """Held-out loss as it is now, into the metrics and onto the screen; empty without validation rows or at a stop."""
-    rows = run.datasets.validation
-    if rows is None or not len(rows):
-        return {}
-    try:
-        result = held_out_loss(run.model, rows, run.eval_layout, run.device, stop_wanted=stop_wanted)
-    except EvaluationStopped:
-        return {}
-    facts = {"held_out_loss": result.loss, "perplexity": result.perplexity, "held_out_tokens": result.label_tokens}
-    log.write({"step": step, **facts, "seconds": result.seconds})
-    progress.validation(step, result)
-    return facts
 
 
 def micro_batch_seed(seed: int, step: int, micro: int) -> int:
@@ -184,12 +164,6 @@ def micro_batch_seed(seed: int, step: int, micro: int) -> int:
 
 def _validation_is_due(every: int, state: TrainState, total_steps: int) -> bool:
     return bool(every) and state.step % every == 0 and 0 < state.step < total_steps
-
-
-def _measure(run: Run, state: TrainState, log: RowLog, progress: Progress, stop_wanted: Callable[[], bool]) -> None:
-    facts = validate(run, state.step, log, progress, stop_wanted)
-    if facts:
-        state.held_out = {"step": state.step, "loss": facts["held_out_loss"]}
 
 
 def _refuse_non_finite(what: str, state: TrainState, run: Run) -> None:

@@ -13,7 +13,6 @@ from eulerforge.config.atomic import write_json_atomic, write_text_atomic
 from eulerforge.config.phase_checks import warmup_problems
 from eulerforge.data.batches import BatchPlan
 from eulerforge.errors import CheckpointError, Stopped, as_stopped
-from eulerforge.models.samples import generate_answers
 from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say, assemble, refuse_many_processes
 from eulerforge.training.basehash import BaseHash
@@ -30,12 +29,12 @@ from eulerforge.training.checkpoint import (
 from eulerforge.training.debug import trainable_lines
 from eulerforge.training.final import refuse_no_room, save_final
 from eulerforge.training.identity import BASE, HELD_OUT, accept_changes, derived_keys, identity, shown, soft_changes
-from eulerforge.training.loop import train_loop, validate
+from eulerforge.training.loop import train_loop
+from eulerforge.training.measured import answers, measure
 from eulerforge.training.memory import out_of_memory_advice
 from eulerforge.training.metrics import MetricsLog
 from eulerforge.training.optimizer import make_optimizer
 from eulerforge.training.progress import Progress, make_progress
-from eulerforge.training.prompts import sample_prompts
 from eulerforge.training.receipt import day_of, make_receipt, read_receipt
 from eulerforge.training.signals import StopRequest
 from eulerforge.training.summary import make_summary
@@ -293,27 +292,10 @@ class _Session:
 
     def _measured(self, log: MetricsLog, progress: Progress) -> dict[str, Any]:
         """Held-out loss and answers of the model as it is now; empty when a stop was asked for on the way."""
-        facts = validate(self.run, self.state.step, log, progress, self.stop.wanted)
-        found = {"step": self.state.step, "loss": facts.get("held_out_loss")}
-        if facts and self.saved_at == self.state.step and self.state.held_out != found:
-            # the checkpoint of this step was saved before it was measured, and keep_best reads it there
-            self.state.held_out = found
-            log.sync()
-            self._save()
-        answers = self._answers()
-        return {} if self.stop.wanted() else {**facts, "samples": answers}
-
-    def _answers(self) -> list[dict[str, Any]]:
-        """The model's answers to the preset's prompts and to the first held-out rows."""
-        config, rows, tokenizer = self.run.config.evaluation, self.run.datasets.validation, self.run.tokenizer
-        prompts = sample_prompts(tokenizer, self.run.config.data, texts=config.prompts, rows=rows, count=config.samples)
-        answers = []
-        for prompt in prompts:
-            if self.stop.wanted():
-                break
-            (answer,) = generate_answers(self.run.model, tokenizer, [prompt.ids], max_new_tokens=config.max_new_tokens)
-            answers.append({"prompt": prompt.text, "answer": answer.text, "reference": prompt.reference})
-        return answers
+        again = self._save if self.saved_at == self.state.step else None
+        facts = measure(self.run, self.state, log, progress, self.stop.wanted, save_again=again)
+        samples = answers(self.run, self.stop.wanted)
+        return {} if self.stop.wanted() else {**facts, "samples": samples}
 
 
 def _finished_summary(out: Path, say: Say) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pytest
 import tinyrun
 
 from eulerforge.cli.main import main
-from eulerforge.training import loop, session
+from eulerforge.training import loop, measured, session
 from eulerforge.training.checkpoint import read_state, verify
 
 SETTINGS: dict[str, Any] = {
@@ -70,10 +70,10 @@ def calling(number: int, nth: int, real: Callable[..., Any]) -> Callable[..., An
 
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "in a step": (loop, "label_token_loss", 3),
-    "in a validation": (loop, "held_out_loss", 2),
-    "in the first sample": (session, "generate_answers", 1),
-    "in a sample of the tuned model": (session, "generate_answers", 4),
-    "in the last validation": (loop, "held_out_loss", 4),
+    "in a validation": (measured, "held_out_loss", 2),
+    "in the first sample": (measured, "generate_answers", 1),
+    "in a sample of the tuned model": (measured, "generate_answers", 4),
+    "in the last validation": (measured, "held_out_loss", 4),
     "in a save": (session, "save_checkpoint", 1),
 }
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
@@ -113,7 +113,7 @@ def test_the_best_checkpoint_is_kept_wherever_it_was_measured(
     worse = ["--resume", "--set", "training.lr=9.0", "--allow-changed", "training.lr"]
     stopped, ended = tmp_path / "stopped", tmp_path / "ended"
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "held_out_loss", calling(signal.SIGTERM, 3, loop.held_out_loss))
+        patched.setattr(measured, "held_out_loss", calling(signal.SIGTERM, 3, measured.held_out_loss))
         assert main(words(straight, stopped, **best)) == 143
     assert main(words(straight, ended, **best, training__max_train_steps=4)) == 0
     for out in (stopped, ended):
