@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -113,13 +113,14 @@ def accept_changes(
     allowed: Sequence[str],
     *,
     derived: Mapping[str, Sequence[str]] | None = None,
-    fits: bool = True,
+    fits: Callable[[], bool] = lambda: True,
     hint: str | None = None,
 ) -> list[dict[str, Any]]:
     """The fixed facts that changed, each covered by a key in ``allowed``; a key covers those below it too.
 
     ``derived`` maps a fact that nobody set to the keys that it follows: it goes the way of theirs.
-    Without ``fits`` the checkpoint's tensors have no place in the model, and no permission could help.
+    ``fits`` says whether the checkpoint's tensors have their places in the model: else no permission could help. Only
+    a refusal that it might change asks, because it reads a file.
     ``hint`` takes the place of what a ``--resume`` could do.
 
     Raises:
@@ -141,12 +142,13 @@ def accept_changes(
         if key in refused and any(_covers(source, other) for source in sources for other in changed if other != key):
             refused.remove(key)
     if refused:
+        misfits = any(_covers(place, key) for place in PLACES for key in refused) and not fits()
         raise CheckpointError.of(
             [
                 Problem(
                     key=key,
                     message=f"was {shown(saved.get(key))} at the newest checkpoint and is {shown(now.get(key))} now",
-                    hint=hint or _way_on(key, fits),
+                    hint=hint or _way_on(key, misfits),
                 )
                 for key in refused
             ]
@@ -167,9 +169,9 @@ def shown(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
 
 
-def _way_on(key: str, fits: bool) -> str:
+def _way_on(key: str, misfits: bool) -> str:
     back, anew = "put it back to go on with --resume", "start anew with --overwrite or another --output-dir"
-    if not fits and any(_covers(place, key) for place in PLACES):
+    if misfits and any(_covers(place, key) for place in PLACES):
         return f"{back} (the checkpoint's adapters do not fit those of now), or {anew}"
     return f"{back}, or go on all the same with --allow-changed {key}, or {anew}"
 

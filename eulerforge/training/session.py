@@ -12,23 +12,15 @@ import attrs
 from eulerforge.config.atomic import write_json_atomic, write_text_atomic
 from eulerforge.config.phase_checks import warmup_problems
 from eulerforge.data.batches import BatchPlan
-from eulerforge.errors import CheckpointError, Stopped, as_stopped
+from eulerforge.errors import Stopped, as_stopped
 from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say, assemble, refuse_many_processes
 from eulerforge.training.basehash import BaseHash
 from eulerforge.training.blame import plugin_blamed
-from eulerforge.training.checkpoint import (
-    TrainState,
-    delete_rotated,
-    fits,
-    latest_complete,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from eulerforge.training.checkpoint import TrainState
 from eulerforge.training.debug import trainable_lines
 from eulerforge.training.final import refuse_no_room, save_final
-from eulerforge.training.identity import BASE, HELD_OUT, accept_changes, derived_keys, identity, shown, soft_changes
+from eulerforge.training.identity import identity, shown, soft_changes
 from eulerforge.training.loop import train_loop
 from eulerforge.training.measured import answers, measure
 from eulerforge.training.memory import out_of_memory_advice
@@ -36,6 +28,7 @@ from eulerforge.training.metrics import MetricsLog
 from eulerforge.training.optimizer import make_optimizer
 from eulerforge.training.progress import Progress, make_progress
 from eulerforge.training.receipt import day_of, make_receipt, read_receipt
+from eulerforge.training.saves import Saves
 from eulerforge.training.signals import StopRequest
 from eulerforge.training.summary import make_summary
 
@@ -100,11 +93,11 @@ class _Session:
         self.hashing = hashing
         self.out, self.training = run.out, run.config.training
         self.state = TrainState()
-        self.saved_at = -1
         self.stop = StopRequest()
         plan = BatchPlan(run.datasets.train, self.training.batch_size, self.training.grad_accum_steps, run.config.seed)
         self.total_steps = self.training.max_train_steps or plan.steps_for(self.training.num_epochs or 1.0)
         self.optimizer = make_optimizer(run.model, run.phases.groups, self.training)
+        self.saves = Saves(run, self.optimizer, say)
 
     def train(self) -> dict[str, Any]:
         self._announce()
@@ -163,7 +156,7 @@ class _Session:
                 debug_every=self.options.debug_every,
             )
             log.sync()
-            if self.saved_at != self.state.step:
+            if self.saves.saved_at != self.state.step:
                 self._save()
             self._stop_if_wanted()
             after = self._measured(log, progress)
@@ -197,11 +190,11 @@ class _Session:
         """Write the preset and the receipt, or check that they still hold and load the newest checkpoint."""
         resumes = self.options.resume and outdir.is_used(self.out)
         old = read_receipt(self.out) if resumes else {}
-        self.state.run_id = str(old.get("run_id") or (resumes and self._id_of_newest()) or secrets.token_hex(8))
+        self.state.run_id = str(old.get("run_id") or (resumes and self.saves.newest_run_id()) or secrets.token_hex(8))
         self.state.identity = identity(self.run, self.registry, weights, self.total_steps)
         parts = list(old.get("resumed", []))
         if resumes:
-            changed = self._load_newest()
+            self.state, changed = self.saves.go_on(self.state, self.total_steps, self.options.allow_changed)
             receipt = make_receipt(self.run, self.registry, weights, self.state.run_id)
             parts.append({"step": self.state.step, "changed": changed, "soft": soft_changes(old, receipt)})
             for fact in parts[-1]["soft"]:
@@ -219,68 +212,8 @@ class _Session:
         write_text_atomic(self.out / outdir.CONFIG_FILE, recorded.to_toml(comments=False))
         write_json_atomic(self.out / outdir.RECEIPT_FILE, {**receipt, "resumed": parts})
 
-    def _id_of_newest(self) -> str:
-        """The run's id as its newest complete checkpoint has it, for a folder whose receipt is lost."""
-        newest = latest_complete(self.out)
-        if newest is None:
-            return ""
-        self.say(f"warning: {self.out / outdir.RECEIPT_FILE} cannot be read: the run is that of {newest.name}")
-        return read_state(newest).run_id
-
-    def _load_newest(self) -> list[dict[str, Any]]:
-        """Go on from the newest complete checkpoint, if there is one; give back the changes that were allowed."""
-        newest = latest_complete(self.out, say=self.say, run_id=self.state.run_id)
-        if newest is None:
-            outdir.refuse_to_begin_anew(self.out)
-            self.say(f"{self.out} has no complete checkpoint: starting at step 0")
-            return []
-        saved, now = read_state(newest), self.state
-        changed = accept_changes(
-            saved.identity,
-            now.identity,
-            self.options.allow_changed,
-            derived=derived_keys(self.run.config),
-            fits=fits(newest, self.run.model, self.run.phases.trained_names),
-        )
-        if saved.step > self.total_steps:
-            raise CheckpointError(
-                f"{newest} is at step {saved.step}, and the run would end at step {self.total_steps} now",
-                key="training.max_train_steps",
-                hint="put it back to go on with --resume, or start anew with --overwrite or another --output-dir",
-            )
-        self.state = load_checkpoint(newest, self.run.model, self.optimizer, self.run.phases.trained_names)
-        self.state.identity, self.state.run_id = now.identity, self.state.run_id or now.run_id
-        self.saved_at = self.state.step
-        others = {fact["key"] for fact in changed}
-        # losses on other rows are not compared with those to come; the base's answers are, where it is the same base
-        if HELD_OUT in others:
-            self.state.before = {"samples": self.state.before.get("samples", [])}
-            self.state.held_out = {}
-        if others & {*BASE}:
-            self.state.before, self.state.held_out = {}, {}
-        # the save may have been the last thing that the run did
-        delete_rotated(self.out, self.state, **self._kept)
-        self.say(f"resumed from {newest} at step {self.state.step}")
-        for fact in changed:
-            self.say(f"warning: {fact['key']} was {shown(fact['was'])} and is {shown(fact['now'])} now, as allowed")
-        return changed
-
     def _save(self) -> Path:
-        self.saved_at = self.state.step
-        return save_checkpoint(
-            self.out,
-            self.state,
-            self.run.model,
-            self.optimizer,
-            self.run.report,
-            self.run.phases.trained_names,
-            **self._kept,
-        )
-
-    @property
-    def _kept(self) -> dict[str, int | None]:
-        config = self.run.config.checkpoint
-        return {"keep_last": config.keep_last, "keep_best": config.keep_best}
+        return self.saves.save(self.state)
 
     def _stop_if_wanted(self) -> None:
         if self.stop.number is not None:
@@ -292,7 +225,7 @@ class _Session:
 
     def _measured(self, log: MetricsLog, progress: Progress) -> dict[str, Any]:
         """Held-out loss and answers of the model as it is now; empty when a stop was asked for on the way."""
-        again = self._save if self.saved_at == self.state.step else None
+        again = self._save if self.saves.saved_at == self.state.step else None
         facts = measure(self.run, self.state, log, progress, self.stop.wanted, save_again=again)
         samples = answers(self.run, self.stop.wanted)
         return {} if self.stop.wanted() else {**facts, "samples": samples}

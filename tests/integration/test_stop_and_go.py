@@ -17,7 +17,7 @@ import pytest
 import tinyrun
 
 from eulerforge.cli.main import main
-from eulerforge.training import loop, measured, session
+from eulerforge.training import loop, measured, saves
 from eulerforge.training.checkpoint import read_state, verify
 
 SETTINGS: dict[str, Any] = {
@@ -74,7 +74,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "in the first sample": (measured, "generate_answers", 1),
     "in a sample of the tuned model": (measured, "generate_answers", 4),
     "in the last validation": (measured, "held_out_loss", 4),
-    "in a save": (session, "save_checkpoint", 1),
+    "in a save": (saves, "save_checkpoint", 1),
 }
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 

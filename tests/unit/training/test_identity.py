@@ -104,12 +104,29 @@ def test_what_nobody_set_is_known(make_run: Callable[..., Any]) -> None:
 def test_where_the_tensors_do_not_fit_no_permission_is_offered() -> None:
     now = {**SAVED, "injection.lora_r": 8, "seed": 2}
     with pytest.raises(CheckpointError) as refused:
-        accept_changes(SAVED, now, [], fits=False)
+        accept_changes(SAVED, now, [], fits=lambda: False)
     hints = {problem.key: problem.hint or "" for problem in refused.value.problems}
     assert "--allow-changed" not in hints["injection.lora_r"]
     assert "put it back" in hints["injection.lora_r"]
     assert "another --output-dir" in hints["injection.lora_r"]
     assert "--allow-changed seed" in hints["seed"]
+
+
+def test_only_a_refused_place_asks_whether_the_tensors_fit() -> None:
+    asked: list[bool] = []
+
+    def fits() -> bool:
+        asked.append(True)
+        return False
+
+    assert accept_changes(SAVED, dict(SAVED), [], fits=fits) == []
+    assert len(accept_changes(SAVED, {**SAVED, "injection.lora_r": 8}, ["injection"], fits=fits)) == 1
+    with pytest.raises(CheckpointError):
+        accept_changes(SAVED, {**SAVED, "seed": 2}, [], fits=fits)
+    assert not asked
+    with pytest.raises(CheckpointError):
+        accept_changes(SAVED, {**SAVED, "injection.lora_r": 8, "injection.lora_alpha": 2}, [], fits=fits)
+    assert asked == [True]
 
 
 def test_a_fact_that_an_older_version_did_not_record_is_no_change_and_a_lost_one_is() -> None:
