@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from eulerforge.data.batches import Batch
 from eulerforge.data.rows import IGNORED
 from eulerforge.training.attention import NAME, no_mask
-from eulerforge.training.loss import summed_cross_entropy
+from eulerforge.training.loss import soft_capped, summed_cross_entropy
 
 
 def label_token_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -34,8 +34,7 @@ def label_token_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """What the loss takes for the logits of hidden states (..., H); ``training/headcheck.py`` holds it."""
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    softcap = softcap_of(model)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return soft_capped(logits, softcap_of(model))
 
 
 def softcap_of(model: Any) -> float | None:

@@ -39,7 +39,7 @@ def summed_cross_entropy(
             hooked, adapted) is called as it is and its logits are computed again in the backward pass.
         hidden_NH: the hidden states of the label tokens alone.
         labels_N: int64 ids below the vocabulary size.
-        softcap: the logits become ``softcap * tanh(logits / softcap)`` first.
+        softcap: the logits are ``soft_capped`` first.
     """
     if is_plain(head, hidden_NH):
         loss: torch.Tensor = _LinearCrossEntropy.apply(hidden_NH, head.weight, head.bias, labels_N, softcap)
@@ -155,9 +155,12 @@ def _chunk_loss(
 ) -> torch.Tensor:
     logits_CV = head(hidden_CH)
     logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    if softcap is not None:
-        logits_CV = torch.tanh(logits_CV / softcap) * softcap
-    return F.cross_entropy(logits_CV, labels_C, reduction="sum")
+    return F.cross_entropy(soft_capped(logits_CV, softcap), labels_C, reduction="sum")
+
+
+def soft_capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """``softcap * tanh(logits / softcap)``; the logits as they are without a cap."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def block_rows(vocabulary: int, device: torch.device) -> int:
