@@ -112,3 +112,12 @@ def randomize_B(run: Any, seed: int = 5) -> None:
     for name, parameter in run.model.named_parameters():
         if name.endswith("lora_B"):
             parameter.data.normal_(std=0.05, generator=random)
+
+
+def labels_of(batch: Any) -> Any:
+    """The labels (B, T) that transformers and the oracles take: not shifted, -100 where nothing is trained."""
+    import torch
+
+    labels = torch.full_like(batch.input_ids, -100)
+    labels.view(-1)[batch.label_at + 1] = batch.next_labels
+    return labels

@@ -26,23 +26,25 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class Batch:
-    """B rows of T tokens: right-padded ones, or packed ones. Labels are not shifted, and -100 where nothing is trained.
+    """B rows of T tokens: right-padded ones, or packed ones; ``tokens`` counts real tokens.
 
-    ``tokens`` counts real tokens, ``label_tokens`` those that the loss divides by.
     Packed rows have no attention mask; ``position_ids`` begins at 0 in each document, ``segments`` says where they lie.
     ``label_at`` (N,) are the flattened positions from which a label is predicted and ``next_labels`` (N,) those labels,
-    known from the start, because a GPU would have to be waited for to find them; None: they are looked for.
+    known from the start, because a GPU would have to be waited for to find them among (B, T).
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
-    labels: torch.Tensor
+    label_at: torch.Tensor
+    next_labels: torch.Tensor
     tokens: int
-    label_tokens: int
     position_ids: torch.Tensor | None = None
     segments: Segments | None = None
-    label_at: torch.Tensor | None = None
-    next_labels: torch.Tensor | None = None
+
+    @property
+    def label_tokens(self) -> int:
+        """How many tokens the loss is a sum over."""
+        return len(self.next_labels)
 
 
 class BatchPlan:
@@ -111,16 +113,14 @@ def collate(rows: TokenizedRows, indices: Sequence[int], pad_id: int, device: to
     return Batch(
         input_ids=torch.from_numpy(input_ids).to(device),
         attention_mask=torch.from_numpy(attention_mask).to(device),
-        labels=torch.from_numpy(labels).to(device),
-        tokens=int(attention_mask.sum()),
-        label_tokens=len(next_label),
         label_at=label_at,
         next_labels=next_label,
+        tokens=int(attention_mask.sum()),
     )
 
 
 def next_labels(labels: npt.NDArray[np.int64], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``label_at`` and ``next_labels`` of a Batch whose labels are these, (B, T)."""
+    """``label_at`` and ``next_labels`` of a Batch whose labels, not shifted and -100 elsewhere, are these (B, T)."""
     import torch
 
     line, place = np.nonzero(labels[:, 1:] != IGNORED)

@@ -232,11 +232,9 @@ def pack(rows: TokenizedRows, lines: Lines, pad_id: int, device: torch.device | 
     return Batch(
         input_ids=torch.from_numpy(input_ids).to(device),
         attention_mask=None,
-        labels=torch.from_numpy(labels).to(device),
-        tokens=tokens,
-        label_tokens=len(next_label),
-        position_ids=torch.from_numpy(position_ids).to(device),
-        segments=segments,
         label_at=label_at,
         next_labels=next_label,
+        tokens=tokens,
+        position_ids=torch.from_numpy(position_ids).to(device),
+        segments=segments,
     )

@@ -11,10 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from eulerforge.data.batches import Batch
-from eulerforge.data.rows import IGNORED
 from eulerforge.training.attention import NAME, no_mask
 from eulerforge.training.loss import soft_capped, summed_cross_entropy
 
@@ -22,13 +20,9 @@ from eulerforge.training.loss import soft_capped, summed_cross_entropy
 def label_token_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
     """Summed loss (fp32 scalar, differentiable) of a batch, and how many label tokens it is a sum over."""
     hidden_BTH = hidden_states(model, batch)
-    at_N, labels_N = batch.label_at, batch.next_labels
-    if at_N is None or labels_N is None:
-        next_labels_BT = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-        at_N = (next_labels_BT != IGNORED).flatten().nonzero()[:, 0]
-        labels_N = next_labels_BT.flatten()[at_N]
-    hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, at_N)
-    return summed_cross_entropy(model.get_output_embeddings(), hidden_NH, labels_N, softcap_of(model)), len(labels_N)
+    hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, batch.label_at)
+    loss = summed_cross_entropy(model.get_output_embeddings(), hidden_NH, batch.next_labels, softcap_of(model))
+    return loss, batch.label_tokens
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:

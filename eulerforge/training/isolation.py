@@ -260,12 +260,13 @@ def prove(model: Any) -> float:
 def _probe_states(model: Any, ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     """The hidden states of each document, (1, its tokens, H), of a packed row of ids (1, T)."""
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    nothing = ids.new_empty(0)
     batch = Batch(
         input_ids=ids.to(model.device),
         attention_mask=None,
-        labels=ids,
+        label_at=nothing,
+        next_labels=nothing,
         tokens=ids.numel(),
-        label_tokens=0,
         position_ids=positions.to(model.device),
         segments=Segments(lengths=lengths, shape=(1, ids.numel()), device=model.device),
     )

@@ -121,9 +121,9 @@ def _one_pass(
     batch = Batch(
         input_ids=ids,
         attention_mask=None,
-        labels=ids,
+        label_at=ids.new_empty(0),
+        next_labels=ids.new_empty(0),
         tokens=tokens,
-        label_tokens=tokens,
         position_ids=torch.arange(tokens, device=device)[None] if packed else None,
         segments=Segments(lengths=(tokens,), shape=(1, tokens), device=device) if packed else None,
     )

@@ -145,13 +145,11 @@ def _probe_batch(run: Run) -> tuple[Batch, str]:
     generator = torch.Generator().manual_seed(run.config.seed)
     vocabulary = int(run.model.get_input_embeddings().weight.shape[0])
     ids = torch.randint(vocabulary, (2, length), generator=generator).to(run.device)
-    labels = ids.clone()
-    labels[:, 0] = -100
     batch = Batch(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        labels=labels,
+        label_at=torch.arange(ids.numel(), device=run.device).view_as(ids)[:, :-1].flatten(),
+        next_labels=ids[:, 1:].flatten(),
         tokens=ids.numel(),
-        label_tokens=ids.numel() - len(ids),
     )
     return batch, f"2 rows of {length} made-up tokens (no data is set)"

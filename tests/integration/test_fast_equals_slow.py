@@ -55,7 +55,8 @@ def two_products(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def full_loss(model: Any, batch: Any) -> torch.Tensor:
     logits = model.get_output_embeddings()(hidden_states(model, batch))[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    labels = tinyrun.labels_of(batch)[:, 1:].flatten()
+    return F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
 
 
 def first_micro_batch(run: Any) -> tuple[Any, Any]:

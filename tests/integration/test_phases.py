@@ -89,7 +89,10 @@ def test_a_phased_run_equals_a_plain_loop_over_the_same_rows(run: Path) -> None:
         optimizer.param_groups[0]["lr"] = learning_rate(step, TOTAL, config)
         batch = collate(made.datasets.train, plan.step_rows(step)[0], made.pad_id, "cpu")
         model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=tinyrun.labels_of(batch),
+            use_cache=False,
         ).loss.backward()
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), config.max_grad_norm)
         optimizer.step()

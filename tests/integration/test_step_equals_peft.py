@@ -54,7 +54,10 @@ def test_steps_equal_those_of_peft_and_torch(tmp_path: Path, family: str, steps:
     for step in range(steps):
         batch = collate(run.datasets.train, plan.step_rows(step)[0], run.pad_id, "cpu")
         loss = rival["model"](
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=tinyrun.labels_of(batch),
+            use_cache=False,
         ).loss
         optimizer.zero_grad()
         loss.backward()

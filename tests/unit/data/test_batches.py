@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tinyrun import labels_of
 
 from eulerforge.data.batches import BatchPlan, collate
 from eulerforge.data.tokenized import TokenizedRows
@@ -75,25 +76,25 @@ def test_collate_pads_on_the_right() -> None:
     batch = collate(rows, [0, 2], pad_id=0, device="cpu")
     assert batch.input_ids.tolist() == [[7, 8, 9], [3, 2, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.labels.tolist() == [[-100, 8, 9], [-100, 2, -100]]
+    assert labels_of(batch).tolist() == [[-100, 8, 9], [-100, 2, -100]]
     assert (batch.tokens, batch.label_tokens) == (5, 3)
-    assert batch.label_at is not None
-    assert batch.next_labels is not None
     assert (batch.label_at.tolist(), batch.next_labels.tolist()) == ([0, 1, 3], [8, 9, 2])
-    assert {tensor.dtype for tensor in (batch.input_ids, batch.attention_mask, batch.labels)} == {torch.int64}
+    assert {tensor.dtype for tensor in (batch.input_ids, batch.attention_mask, batch.label_at, batch.next_labels)} == {
+        torch.int64
+    }
 
 
 def test_a_padding_token_that_is_the_eos_token_stays_trained() -> None:
     eos = 2
     batch = collate(make_rows(([7, eos], [0, 1]), ([7, 8, 9, eos], [0, 0, 1, 1])), [0, 1], pad_id=eos, device="cpu")
-    assert batch.labels.tolist() == [[-100, eos, -100, -100], [-100, -100, 9, eos]]
+    assert labels_of(batch).tolist() == [[-100, eos, -100, -100], [-100, -100, 9, eos]]
     assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
 
 def test_the_first_token_is_never_labelled() -> None:
-    assert collate(make_rows(([7, 8], [1, 1])), [0], pad_id=0, device="cpu").labels.tolist() == [[-100, 8]]
+    assert labels_of(collate(make_rows(([7, 8], [1, 1])), [0], pad_id=0, device="cpu")).tolist() == [[-100, 8]]
 
 
 def test_token_ids_beyond_31_bits() -> None:
     big = 2**32 - 1
-    assert collate(make_rows(([1, big], [0, 1])), [0], pad_id=0, device="cpu").labels.tolist() == [[-100, big]]
+    assert labels_of(collate(make_rows(([1, big], [0, 1])), [0], pad_id=0, device="cpu")).tolist() == [[-100, big]]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tinyrun import labels_of
 
 from eulerforge.config.schema import DataConfig, RunConfig, TrainingConfig
 from eulerforge.data.packing import CPU_TOKENS, Layout, Lines, Segments, pack, token_budget
@@ -101,7 +102,7 @@ def test_documents_lie_one_after_another() -> None:
     assert batch.input_ids.tolist() == [[0, 1, 2, 100, 101], [200, 201, 202, 203, 7]]
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
-    assert batch.labels.tolist() == [[-100, 1, 2, -100, 101], [-100, 201, 202, 203, -100]]
+    assert labels_of(batch).tolist() == [[-100, 1, 2, -100, 101], [-100, 201, 202, 203, -100]]
     assert batch.attention_mask is None
     assert batch.segments is not None
     assert batch.segments.lengths == (3, 2, 4, 1)
@@ -109,8 +110,6 @@ def test_documents_lie_one_after_another() -> None:
     assert batch.segments.cu_seqlens.dtype == torch.int32
     assert batch.segments.document_of.tolist() == [[0, 0, 0, 1, 1], [2, 2, 2, 2, 3]]
     assert (batch.tokens, batch.label_tokens) == (9, 6)
-    assert batch.label_at is not None
-    assert batch.next_labels is not None
     assert batch.label_at.tolist() == [0, 1, 3, 5, 6, 7], "the positions before the labels, over all lines"
     assert batch.next_labels.tolist() == [1, 2, 101, 201, 202, 203]
 
@@ -122,7 +121,7 @@ def test_a_long_line_on_the_cpu_is_filled_up_to_whole_steps_by_a_document_of_its
     assert batch.segments.lengths == (500, 83, 9)
     assert batch.input_ids.shape == (1, 592)
     assert batch.input_ids[0, 583:].tolist() == [7] * 9
-    assert batch.labels[0, 583:].unique().tolist() == [-100]
+    assert labels_of(batch)[0, 583:].unique().tolist() == [-100]
     assert batch.tokens == 583
     assert pack(rows, [[0]], pad_id=7, device="cpu").input_ids.shape == (1, 500)
     assert pack(rows, [[0, 1]], pad_id=7, device="meta").input_ids.shape == (1, 583)

@@ -34,9 +34,9 @@ def batch_of(lengths: tuple[int, ...], *, packed: bool = True) -> Batch:
     return Batch(
         input_ids=ids,
         attention_mask=None,
-        labels=ids,
+        label_at=ids.new_empty(0),
+        next_labels=ids.new_empty(0),
         tokens=tokens,
-        label_tokens=tokens,
         position_ids=positions if packed else None,
         segments=Segments(lengths=lengths, shape=(1, tokens), device=CPU) if packed else None,
     )
