@@ -21,7 +21,7 @@ CLASSES = (
     "eulerforge.errors:Interrupted",
     "eulerforge.plugins.isolation:PluginFailure",
     "eulerforge.data.turns:BadRow",
-    "eulerforge.data.render:_NotAPrefixError",
+    "eulerforge.data.chat_template:NotAPrefixError",
     "eulerforge.config.leaves:WrongTypeError",
 )
 DEPTH = 8

@@ -20,8 +20,9 @@ import numpy as np
 from eulerforge.data.files import find_files
 from eulerforge.data.findings import special_ids, too_many
 from eulerforge.data.prepared import Datasets
+from eulerforge.data.prompt import render_prompt
 from eulerforge.data.read import BadRows, SourceRow, read_rows, rows_before
-from eulerforge.data.render import Renderer, render_prompt
+from eulerforge.data.render import Renderer
 from eulerforge.data.rows import ChatRow, RowParser
 from eulerforge.data.tokenize import RowTokenizer
 from eulerforge.data.tokenized import TokenizedRows

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
+from eulerforge.data.prompt import render_prompt
 from eulerforge.data.questions import question_of
-from eulerforge.data.render import render_prompt
 from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.terminal import harmless
 

@@ -26,7 +26,8 @@ from eulerforge.cli.main import main
 from eulerforge.config.document import read_document
 from eulerforge.config.schema import DataConfig, LoadPrecision, ModelConfig, RunConfig
 from eulerforge.data.packing import Segments
-from eulerforge.data.render import Renderer, asked_of, render_prompt
+from eulerforge.data.prompt import asked_of, render_prompt
+from eulerforge.data.render import Renderer
 from eulerforge.data.rows import ProcessedRow
 from eulerforge.errors import (
     CheckpointError,

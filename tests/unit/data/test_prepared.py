@@ -12,7 +12,7 @@ import pytest
 
 from eulerforge.data.cutting import NO_LABELS, TOO_LONG
 from eulerforge.data.prepared import build_dataset
-from eulerforge.data.render import render_prompt
+from eulerforge.data.prompt import render_prompt
 from eulerforge.errors import DataError
 
 Write = Callable[..., str]

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from eulerforge.config.schema import DataConfig
 from eulerforge.data.findings import UNTRAINED
 from eulerforge.data.prepared import build_dataset
+from eulerforge.data.prompt import render_prompt
 from eulerforge.data.read import BadRows, SourceRow
-from eulerforge.data.render import Rendered, Renderer, render_prompt
+from eulerforge.data.render import Rendered, Renderer
 from eulerforge.data.rows import ChatRow, RowParser, TextRow
 from eulerforge.data.tokenize import RowTokenizer, Tokens
 from eulerforge.errors import DataError

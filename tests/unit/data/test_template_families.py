@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from eulerforge.data.parity import check_parity
 from eulerforge.data.prepared import build_dataset
-from eulerforge.data.render import dated, render_prompt
+from eulerforge.data.prompt import render_prompt
+from eulerforge.data.render import dated
 from eulerforge.errors import DataError
 
 TALK = [

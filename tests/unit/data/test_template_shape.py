@@ -49,8 +49,8 @@ def test_ordinary_rows_are_not_rendered_one_by_one(
 ) -> None:
     renderer = Renderer(data_config(), chatml)
     calls = []
-    slow = renderer._templated
-    monkeypatch.setattr(renderer, "_templated", lambda messages: calls.append(1) or slow(messages))
+    slow = renderer._template.render
+    monkeypatch.setattr(renderer._template, "render", lambda messages: calls.append(1) or slow(messages))
     rows = [row(("user", f"question {index}"), ("assistant", "answer")) for index in range(500)]
     assert None not in renderer.render_all(rows, BadRows())
     assert len(calls) < 10
