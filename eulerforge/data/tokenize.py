@@ -6,14 +6,14 @@ same few characters in every row. Where a token would reach over the border betw
 ends in a space, an answer that begins with a line break) the row is tokenized in pieces, so that generation starts from
 exactly the tokens that were trained.
 The BOS token is put in front by id, once: never by the post-processor, which would double a template's own.
-Rows of one template shape are masked together, by their special tokens (``landmarks``); the first and the last such row
-of every chunk are masked by their characters too, and should they differ, all rows are from then on.
+Rows of one template shape are masked together (``shape_masks``); the first and the last such row of every chunk are
+masked by their characters too, and should they differ, all rows are from then on.
 A plain row whose answer is its rest needs no characters either: its prompt's tokens say where the answer begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from eulerforge.data.landmarks import Landmarks, SpecialPlaces, learn
 from eulerforge.data.read import BadRows
-from eulerforge.data.render import ANSWER_LAST, WHOLE, Rendered
+from eulerforge.data.render import ANSWER_LAST, Rendered
+from eulerforge.data.shape_masks import ShapeMasks
 from eulerforge.data.tokenized import RowChunk
 from eulerforge.errors import DataError
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _TAIL_TOKENS = 16
 _TAILS_KEPT = 4096
-_MOST_MISSED = 0.2
 Borders = list[int | None]
 Ids = npt.NDArray[np.uint32]
 Tokens = tuple[Ids, npt.NDArray[np.uint8]]
@@ -70,9 +69,7 @@ class RowTokenizer:
         self._bos = _bos_that_is_used(tokenizer, backend)
         self._anchor = tokenizer.eos_token or tokenizer.bos_token or ""
         self._special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._is_special = np.zeros(max(self._special, default=0) + 2, dtype=np.bool_)
-        self._is_special[list(self._special)] = True
-        self._landmarks: dict[int, Landmarks | None] = {}
+        self._shapes = ShapeMasks(self._special)
         self._tails: dict[tuple[int, str], list[int]] = {}
 
     def encode(self, rendered: Sequence[Rendered]) -> Encoded:
@@ -80,7 +77,7 @@ class RowTokenizer:
 
         Without characters where the row's shape is known.
         """
-        fast = [row.shape < 0 or self._landmarks.get(row.shape) is not None for row in rendered]
+        fast = [self._shapes.knows(row.shape) for row in rendered]
         by_shape = [place for place, known in enumerate(fast) if known]
         checked = sorted({*by_shape[:1], *by_shape[-1:]})
         slow = [place for place, known in enumerate(fast) if not known]
@@ -108,7 +105,7 @@ class RowTokenizer:
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         tokens = np.fromiter(chain.from_iterable(lists), np.uint32, int(offsets[-1]))
-        labelled, missed = self._masked_by_shape(rendered, encoded.fast, answers, tokens, offsets)
+        labelled, missed = self._shapes.masked(rendered, encoded.fast, answers, tokens, offsets)
         checked = list(encoded.checks)
         checks = self.rows(
             [rendered[place] for place in checked],
@@ -120,7 +117,7 @@ class RowTokenizer:
             part = slice(int(offsets[place]), int(offsets[place + 1]))
             same = row is not None and np.array_equal(row[0], tokens[part]) and np.array_equal(row[1], labelled[part])
             if not same and place not in missed and place not in no_border:
-                self._landmarks = dict.fromkeys(self._landmarks)
+                self._shapes.forget()
                 missed = [place for place, known in enumerate(encoded.fast) if known]
                 no_border = set()
                 break
@@ -145,52 +142,6 @@ class RowTokenizer:
             return RowChunk(tokens, labelled, lengths)
         parts = [(tokens[start:end], labelled[start:end]) for start, end in pairwise(offsets.tolist())]
         return RowChunk.of([other.get(place, part) for place, part in enumerate(parts)])
-
-    def _masked_by_shape(
-        self,
-        rendered: Sequence[Rendered],
-        fast: Sequence[bool],
-        answers: Mapping[int, int],
-        tokens: Ids,
-        offsets: npt.NDArray[np.int64],
-    ) -> tuple[npt.NDArray[np.uint8], list[int]]:
-        """The mask of all rows whose shape is known, and the rows of these that are not as their shape says.
-
-        ``answers`` has the tokens of the answer of each row whose shape is ANSWER_LAST, where there is a border.
-        """
-        borders = np.zeros(len(tokens) + 1, dtype=np.int8)
-        missed: list[int] = []
-        groups: dict[int, list[int]] = {}
-        for place, (row, known) in enumerate(zip(rendered, fast, strict=True)):
-            if known:
-                groups.setdefault(row.shape, []).append(place)
-        special: SpecialPlaces | None = None
-        for shape, group in groups.items():
-            rows = np.array(group, dtype=np.int64)
-            if shape == WHOLE:
-                spans = [np.stack([offsets[rows], offsets[rows + 1]], axis=1)]
-            elif shape == ANSWER_LAST:
-                rows = np.array([place for place in group if place in answers], dtype=np.int64)
-                counts = np.array([answers[place] for place in rows.tolist()], dtype=np.int64)
-                spans = [np.stack([offsets[rows + 1] - counts, offsets[rows + 1]], axis=1)]
-            else:
-                landmarks = self._landmarks[shape]
-                if landmarks is None:  # forgotten since the rows were encoded
-                    missed += group
-                    continue
-                special = special or SpecialPlaces.of(tokens, offsets, self._is_special)
-                found, spans = special.spans(landmarks, rows, offsets)
-                lost = rows[~found].tolist()
-                missed += lost
-                if len(lost) > _MOST_MISSED * len(group):
-                    self._landmarks[shape] = None  # looking costs more than it saves
-                spans = [span[found] for span in spans]
-            for span in spans:
-                np.add.at(borders, span[:, 0], 1)
-                np.add.at(borders, span[:, 1], -1)
-        labelled = np.cumsum(borders[:-1], dtype=np.int8).view(np.uint8)
-        labelled[offsets[:-1][np.diff(offsets) > 0]] = 0  # nothing stands before the first token
-        return labelled, missed
 
     def rows(
         self,
@@ -225,16 +176,13 @@ class RowTokenizer:
                     results.append(None)
                     continue
                 ids, ranges = pieces
-            results.append(self._masked(ids, ranges))
-            if row.shape > 0 and row.shape not in self._landmarks and None not in firsts:
-                self._learn(row.shape, ids, ranges)
+            full = self._with_bos(ids)
+            shift = len(full) - len(ids)
+            ranges = [(first + shift, end + shift) for first, end in ranges]
+            results.append(_masked(full, ranges))
+            if None not in firsts:
+                self._shapes.learn(row.shape, full, ranges)
         return results
-
-    def _learn(self, shape: int, ids: list[int], ranges: Sequence[tuple[int, int]]) -> None:
-        full = self._with_bos(ids)
-        shift = len(full) - len(ids)
-        moved = [(first + shift, end + shift) for first, end in ranges]
-        self._landmarks[shape] = learn(full, moved, self._special)
 
     def _borders(self, rendered: Sequence[Rendered], encoded: Sequence[Any]) -> list[Borders]:
         """How many of a row's ids are the prompt before each of its spans; None where its tokens are not a prefix."""
@@ -297,15 +245,6 @@ class RowTokenizer:
     def _with_bos(self, ids: list[int]) -> list[int]:
         return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
-    def _masked(self, ids: list[int], ranges: Sequence[tuple[int, int]]) -> Tokens:
-        full = self._with_bos(ids)
-        shift = len(full) - len(ids)
-        labelled = np.zeros(len(full), dtype=np.uint8)
-        for first, end in ranges:
-            labelled[first + shift : end + shift] = 1
-        labelled[:1] = 0  # Nothing stands before the first token from which it could be predicted.
-        return np.array(full, dtype=np.uint32), labelled
-
     def _in_pieces(self, row: Rendered) -> tuple[list[int], list[tuple[int, int]]]:
         """The row cut at the start of each answer.
 
@@ -322,6 +261,14 @@ class RowTokenizer:
             ranges.append((len(ids), len(ids) + _tokens_until(encoding, text, len(self._anchor) + end - start) - skip))
             ids += encoding.ids[skip:]
         return ids, ranges
+
+
+def _masked(ids: list[int], ranges: Sequence[tuple[int, int]]) -> Tokens:
+    labelled = np.zeros(len(ids), dtype=np.uint8)
+    for first, end in ranges:
+        labelled[first:end] = 1
+    labelled[:1] = 0  # Nothing stands before the first token from which it could be predicted.
+    return np.array(ids, dtype=np.uint32), labelled
 
 
 def _tokens_until(encoding: Any, text: str, end: int) -> int:

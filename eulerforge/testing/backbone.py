@@ -8,13 +8,13 @@ from typing import Any
 from eulerforge.api import InjectionConfig, InjectionReport
 from eulerforge.testing import behaviour
 from eulerforge.testing.fault import Nonconforming, blamed, listed, require
-from eulerforge.testing.places import PlacesConformance
 from eulerforge.testing.probe import inject, keywords_of
+from eulerforge.testing.roles import RolesConformance
 from eulerforge.training.headcheck import check_head
 from eulerforge.training.isolation import isolate, prove
 
 
-class BackboneConformance(PlacesConformance):
+class BackboneConformance(RolesConformance):
     """Inherit it in a class whose name starts with ``Test``.
 
     ``plugin`` is the entry module, ``backbone`` the name in the spec, ``model_types`` what the adapter must cover.

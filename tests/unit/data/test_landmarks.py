@@ -133,17 +133,17 @@ def test_landmarks_that_do_not_hold_are_found_out(chatml: Any, wrong: str) -> No
     rendered = rows_of(chatml, 100, WORDS[:-2], system=False)
     rows = RowTokenizer(chatml)
     in_chunks(rows, rendered)
-    for shape, known in rows._landmarks.items():
+    for shape, known in rows._shapes._known.items():
         assert known is not None
         first, *more = known.spans
-        rows._landmarks[shape] = {
+        rows._shapes._known[shape] = {
             "tail": Landmarks(known.special, ((first[0], (*first[1], 1), first[2]), *more)),
             "span": Landmarks(known.special, ((0, (), first[2]), *more)),
             "special": Landmarks((*known.special[:-1], 0), known.spans),
         }[wrong]
     found, _ = in_chunks(rows, rendered)
     assert_equal(found, one_by_one(chatml, rendered))
-    assert set(rows._landmarks.values()) == {None}
+    assert set(rows._shapes._known.values()) == {None}
 
 
 def test_what_is_learnt_of_a_row() -> None:
