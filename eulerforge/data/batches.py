@@ -21,6 +21,7 @@ from eulerforge.data.tokenized import TokenizedRows
 if TYPE_CHECKING:
     import torch
 
+    from eulerforge.config.schema import RunConfig, TrainingConfig
     from eulerforge.data.packing import Segments
 
 
@@ -60,6 +61,11 @@ class BatchPlan:
         self._epoch = -1
         self._order: npt.NDArray[np.int64] = np.zeros(0, np.int64)
 
+    @classmethod
+    def of(cls, rows: TokenizedRows, config: RunConfig) -> BatchPlan:
+        """The plan of a run."""
+        return cls(rows, config.training.batch_size, config.training.grad_accum_steps, config.seed)
+
     @property
     def rows_per_step(self) -> int:
         return self.batch_size * self.grad_accum_steps
@@ -67,6 +73,10 @@ class BatchPlan:
     def steps_for(self, epochs: float) -> int:
         """Optimizer steps that see every row ``epochs`` times; the last step may begin the next epoch."""
         return max(1, math.ceil(len(self.rows) * epochs / self.rows_per_step - 1e-9))
+
+    def total_steps(self, training: TrainingConfig) -> int:
+        """The step with which a run ends."""
+        return training.max_train_steps or self.steps_for(training.num_epochs or 1.0)
 
     def epoch_at(self, step: int) -> float:
         """How many times the rows have been gone through when ``step`` begins."""

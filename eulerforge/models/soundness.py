@@ -183,13 +183,18 @@ def _once(path: Path, check: Callable[[Path], object]) -> None:
         _SOUND.add(known)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> str:
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise _wrong(path, f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise _wrong(path, "is not UTF-8") from error
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(path))
     except RecursionError as error:
         raise _wrong(path, "is nested too deeply") from error
     except ValueError as error:
@@ -202,14 +207,10 @@ def _json_object(path: Path) -> dict[str, Any]:
 def _check_template(path: Path) -> None:
     import jinja2
 
+    text = _text(path)
     try:
-        text = path.read_bytes().decode("utf-8")
         # transformers' own tag marks what is trained; jinja itself does not know it
         jinja2.Environment(autoescape=True, extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", text))
-    except OSError as error:
-        raise _wrong(path, f"cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise _wrong(path, "is not UTF-8") from error
     except (jinja2.TemplateError, RecursionError) as error:
         raise _wrong(path, f"is no chat template: {error}") from error
     if "messages" not in text:

@@ -16,9 +16,9 @@ def forecast(run: Run, batch: Batch, seconds: float) -> dict[str, Any]:
     speed = batch.tokens / seconds
     if run.datasets is None:
         return {"tokens_per_s": speed, "steps": None, "tokens": None, "seconds": None}
-    training, rows = run.config.training, run.datasets.train
-    plan = BatchPlan(rows, training.batch_size, training.grad_accum_steps, run.config.seed)
-    steps = training.max_train_steps or plan.steps_for(training.num_epochs or 1.0)
+    rows = run.datasets.train
+    plan = BatchPlan.of(rows, run.config)
+    steps = plan.total_steps(run.config.training)
     tokens = int(steps * plan.rows_per_step * float(rows.lengths.mean()))
     return {"tokens_per_s": speed, "steps": steps, "tokens": tokens, "seconds": tokens / speed}
 

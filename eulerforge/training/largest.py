@@ -26,8 +26,8 @@ def largest_micro_batch(config: RunConfig, layout: Layout, rows: TokenizedRows |
         per_step = training.batch_size * training.grad_accum_steps
         tokens = layout.most_positions(per_step)
         return MicroBatch.of_rows(max(1, tokens // layout.max_length), layout.max_length, packed=packed)
-    plan = BatchPlan(rows, training.batch_size, training.grad_accum_steps, config.seed)
-    total = training.max_train_steps or plan.steps_for(training.num_epochs or 1.0)
+    plan = BatchPlan.of(rows, config)
+    total = plan.total_steps(training)
     looked_at = sorted({step * total // STEPS_LOOKED_AT for step in range(STEPS_LOOKED_AT)})
     found = []
     for step in looked_at:

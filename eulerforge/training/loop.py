@@ -56,7 +56,7 @@ def train_loop(
     """
     config, model = run.config.training, run.model
     rows = run.datasets.train
-    plan = BatchPlan(rows, config.batch_size, config.grad_accum_steps, run.config.seed)
+    plan = BatchPlan.of(rows, run.config)
     phase = run.phases.at(state.step)
     trainable = enter_phase(model, run.phases, phase)
     model.train()

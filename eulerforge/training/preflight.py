@@ -135,10 +135,8 @@ def _seconds_again(run: Run, batch: Batch, first: float) -> float:
 
 def _probe_batch(run: Run) -> tuple[Batch, str]:
     """The rows of the first micro-batch, or made-up tokens when no data is set."""
-    training = run.config.training
     if run.datasets is not None:
-        plan = BatchPlan(run.datasets.train, training.batch_size, training.grad_accum_steps, run.config.seed)
-        lines = run.layout.cut(run.datasets.train, plan.rows_of(0))[0]
+        lines = run.layout.cut(run.datasets.train, BatchPlan.of(run.datasets.train, run.config).rows_of(0))[0]
         count = sum(len(line) for line in lines)
         return run.layout.batch(run.datasets.train, lines, run.device), f"{count} rows of the data"
     length = min(SYNTHETIC_LENGTH, run.config.data.max_length)

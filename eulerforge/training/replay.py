@@ -95,9 +95,8 @@ class _Replay:
         self.seen: list[str] = []
 
     def go(self, start: int, end: int) -> ReplayReport:
-        training = self.run.config.training
-        plan = BatchPlan(self.run.datasets.train, training.batch_size, training.grad_accum_steps, self.run.config.seed)
-        total = training.max_train_steps or plan.steps_for(training.num_epochs or 1.0)
+        config = self.run.config
+        total = BatchPlan.of(self.run.datasets.train, config).total_steps(config.training)
         self._refuse_another_run(total)
         if start:
             self.state = load_checkpoint(

@@ -94,8 +94,7 @@ class _Session:
         self.out, self.training = run.out, run.config.training
         self.state = TrainState()
         self.stop = StopRequest()
-        plan = BatchPlan(run.datasets.train, self.training.batch_size, self.training.grad_accum_steps, run.config.seed)
-        self.total_steps = self.training.max_train_steps or plan.steps_for(self.training.num_epochs or 1.0)
+        self.total_steps = BatchPlan.of(run.datasets.train, run.config).total_steps(self.training)
         self.optimizer = make_optimizer(run.model, run.phases.groups, self.training)
         self.saves = Saves(run, self.optimizer, say)
 
