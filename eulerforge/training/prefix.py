@@ -66,25 +66,19 @@ class FrozenPrefix:
             hook.remove()
 
     def _keep(self, lines: list[list[int]], lengths: list[list[int]], states_BTH: torch.Tensor) -> None:
-        for at, (line, sizes) in enumerate(zip(lines, lengths, strict=True)):
-            place = 0
-            for index, size in zip(line, sizes, strict=True):
-                if index not in self._places:
-                    self._states[self._used : self._used + size] = states_BTH[at, place : place + size].cpu()
-                    self._places[index] = self._used
-                    self._used += size
-                place += size
+        for at, place, index, size in _documents(lines, lengths):
+            if index not in self._places:
+                self._states[self._used : self._used + size] = states_BTH[at, place : place + size].cpu()
+                self._places[index] = self._used
+                self._used += size
 
     def _read(self, lines: list[list[int]], lengths: list[list[int]]) -> torch.Tensor:
         """(B, T, H); zeros where a line is filled up, which no document sees."""
         longest = max(sum(sizes) for sizes in lengths)
         states_BTH = torch.zeros(len(lines), longest, self._states.shape[1], dtype=self._states.dtype)
-        for at, (line, sizes) in enumerate(zip(lines, lengths, strict=True)):
-            place = 0
-            for index, size in zip(line, sizes, strict=True):
-                start = self._places[index]
-                states_BTH[at, place : place + size] = self._states[start : start + size]
-                place += size
+        for at, place, index, size in _documents(lines, lengths):
+            start = self._places[index]
+            states_BTH[at, place : place + size] = self._states[start : start + size]
         return states_BTH
 
     def _standing_in(self, states_BTH: torch.Tensor) -> AbstractContextManager[None]:
@@ -132,6 +126,15 @@ class _StandIn(Through):
         states_BTH: torch.Tensor = self.__dict__["states_BTH"]
         # a line may be filled up beyond the longest that there is (``data/packing.py``)
         return F.pad(states_BTH, (0, 0, 0, hidden_states.shape[1] - states_BTH.shape[1]))
+
+
+def _documents(lines: list[list[int]], lengths: list[list[int]]) -> Iterator[tuple[int, int, int, int]]:
+    """(line, place in it, row, tokens) of each document."""
+    for at, (line, sizes) in enumerate(zip(lines, lengths, strict=True)):
+        place = 0
+        for index, size in zip(line, sizes, strict=True):
+            yield at, place, index, size
+            place += size
 
 
 def first_trained_layer(model: Any, trained_names: tuple[str, ...]) -> int:

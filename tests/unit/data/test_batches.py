@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import chain
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tinyrun import labels_of
 
+from eulerforge.config.schema import RunConfig, TrainingConfig
 from eulerforge.data.batches import BatchPlan, collate
 from eulerforge.data.tokenized import TokenizedRows
 
@@ -64,6 +66,15 @@ def test_steps_for() -> None:
     assert [plan.steps_for(epochs) for epochs in (0.01, 0.4, 0.5, 1, 2)] == [1, 1, 2, 3, 5]
     assert BatchPlan(count_rows(100), 10, 1, seed=0).steps_for(0.1 * 3) == 3
     assert plan.epoch_at(5) == 2.0
+
+
+def test_the_plan_of_a_run_ends_with_its_steps_or_its_epochs() -> None:
+    training = TrainingConfig(batch_size=2, grad_accum_steps=2, max_train_steps=7)
+    plan = BatchPlan.of(count_rows(10), RunConfig(model_name="m", seed=3, training=training))
+    assert (plan.batch_size, plan.grad_accum_steps, plan.seed) == (2, 2, 3)
+    assert plan.total_steps(training) == 7
+    assert plan.total_steps(attrs.evolve(training, max_train_steps=None, num_epochs=2.0)) == 5
+    assert plan.total_steps(attrs.evolve(training, max_train_steps=None)) == 3
 
 
 def test_no_rows() -> None:
