@@ -30,7 +30,7 @@ def keep_share(probability: float) -> float:
     return 1.0 - _level(probability) / _LEVELS
 
 
-def keep_mask(shape: torch.Size, probability: float, seed: int, device: torch.device) -> torch.Tensor:
+def keep_mask(shape: tuple[int, ...], probability: float, seed: int, device: torch.device) -> torch.Tensor:
     """True where dropout keeps an element, (rows, columns); a function of its arguments alone."""
     if device.type != "cpu":
         generator = torch.Generator(device).manual_seed(seed)
@@ -51,7 +51,7 @@ def fold(mask: torch.Tensor) -> torch.Tensor | None:
     return torch.from_numpy(np.packbits(mask.numpy())) if mask.device.type == "cpu" else None
 
 
-def unfold(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def unfold(bits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The mask that ``fold`` was given."""
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).view(np.bool_)).view(shape)
 

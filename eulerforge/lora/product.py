@@ -4,8 +4,8 @@
 y = [x | d(x) A^T] @ [W | s B]^T, and backward [gx | gl] = g @ [W | s B]. In bf16 that is more than speed: the sum
 base(x) + path(x) adds to a number that is rounded already, and an update below half a unit in its last place is lost.
 A quantized base on the CPU is the same product: W is dequantized into a room, forward and again backward.
-Kept from forward to backward: x (which the layers beside it keep too), the path's r columns, and the dropout mask, as
-bits on the CPU and as the number that it is a function of elsewhere.
+Kept from forward to backward: x (which the layers beside it keep too) or what it can be made of again, the path's r
+columns, and the dropout mask, as bits on the CPU and as the number that it is a function of elsewhere.
 Suffixes of tensor names: N rows, I in_features, O out_features, R rank, _NIR: I and R side by side in one row.
 """
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from eulerforge.lora.dropout import draw_seed, fold, keep_mask, keep_share, masked, unfold
+from eulerforge.models.again import Recipe, recipe_of
 from eulerforge.models.room import room
 
 Fill = Callable[[torch.Tensor], None]
@@ -27,7 +28,8 @@ Fill = Callable[[torch.Tensor], None]
 
 def low_rank(x: torch.Tensor, A_RI: torch.Tensor, B_OR: torch.Tensor, scaling: float, dropout: float) -> torch.Tensor:
     """``scaling * dropout(x) A^T B^T`` in x's precision; x is (..., I), the result (..., O)."""
-    update: torch.Tensor = _Product.apply(x, A_RI, B_OR, None, None, scaling, dropout, draw_seed() if dropout else 0)
+    seed = draw_seed() if dropout else 0
+    update: torch.Tensor = _Product.apply(x, A_RI, B_OR, None, None, scaling, dropout, seed, recipe_of(x))
     return update
 
 
@@ -47,7 +49,7 @@ def augmented(
             overwritten with s B; or what writes W into a tensor.
     """
     seed = draw_seed() if dropout else 0
-    y: torch.Tensor = _Product.apply(x, A_RI, B_OR, weight, bias_O, scaling, dropout, seed)
+    y: torch.Tensor = _Product.apply(x, A_RI, B_OR, weight, bias_O, scaling, dropout, seed, recipe_of(x))
     return y
 
 
@@ -63,17 +65,20 @@ class _Product(torch.autograd.Function):
         scaling: float,
         dropout: float,
         seed: int,
+        recipe: Recipe | None,
     ) -> torch.Tensor:
         inputs = A_RI.shape[1]
         x_NI = x.reshape(-1, inputs)
-        ctx.scaling, ctx.dropout, ctx.seed, ctx.weight, ctx.bits = scaling, dropout, seed, weight, None
-        dropped_NI = x_NI
+        ctx.scaling, ctx.dropout, ctx.seed, ctx.weight, ctx.shape = scaling, dropout, seed, weight, x.shape
+        dropped_NI, bits = x_NI, None
         if dropout:
             mask_NI = keep_mask(x_NI.shape, dropout, seed, x.device)
             dropped_NI = masked(x_NI, mask_NI, room("dropped", x_NI.shape, x_NI))
-            ctx.bits = fold(mask_NI)
+            bits = fold(mask_NI)
         low_NR = dropped_NI @ _compensated(A_RI, dropout, x.dtype).T
-        ctx.save_for_backward(x, A_RI, B_OR, low_NR)
+        ctx.maker = recipe.taken() if recipe is not None and ctx.needs_input_grad[1] else None
+        of_x = (x,) if recipe is None else recipe.ingredients
+        ctx.save_for_backward(A_RI, B_OR, low_NR, bits, *(of_x if ctx.needs_input_grad[1] else ()))
         if weight is None:
             y_NO = low_NR @ (B_OR * scaling).to(x.dtype).T
         else:
@@ -89,45 +94,49 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, A_RI, B_OR, low_NR = ctx.saved_tensors
+        A_RI, B_OR, low_NR, bits, *of_x = ctx.saved_tensors
         wants_x, wants_A, wants_B = ctx.needs_input_grad[:3]
-        inputs = A_RI.shape[1]
-        x_NI, grad_NO = x.reshape(-1, inputs), grad.reshape(-1, len(B_OR))
+        grad_NO = grad.reshape(-1, len(B_OR))
         grad_B_OR = (grad_NO.T @ low_NR).to(B_OR.dtype) * ctx.scaling if wants_B else None
         if not (wants_x or wants_A):
-            return None, None, grad_B_OR, None, None, None, None, None
+            return None, None, grad_B_OR, None, None, None, None, None, None
 
         base_NI, weight = None, ctx.weight
+        shape_NI = (len(grad_NO), A_RI.shape[1])
+        inputs = shape_NI[1]
         if weight is None or not wants_x:
-            grad_low_NR = grad_NO @ (B_OR * ctx.scaling).to(x.dtype)
+            grad_low_NR = grad_NO @ (B_OR * ctx.scaling).to(low_NR.dtype)
         else:
             if not isinstance(weight, torch.Tensor):
-                weight = _filled(weight, A_RI, B_OR, x)
+                weight = _filled(weight, A_RI, B_OR, low_NR)
                 torch.mul(B_OR, ctx.scaling, out=weight[:, inputs:])
-            grad_NIR = _aligned_room("joined", len(x_NI), weight.shape[1], x_NI)
+            grad_NIR = _aligned_room("joined", len(grad_NO), weight.shape[1], low_NR)
             torch.mm(grad_NO, weight, out=grad_NIR)
             base_NI, grad_low_NR = grad_NIR[:, :inputs], grad_NIR[:, inputs:]
 
         mask_NI = None
-        if ctx.bits is not None:
-            mask_NI = unfold(ctx.bits, x_NI.shape)
+        if bits is not None:
+            mask_NI = unfold(bits, shape_NI)
         elif ctx.dropout:
-            mask_NI = keep_mask(x_NI.shape, ctx.dropout, ctx.seed, x.device)
+            mask_NI = keep_mask(shape_NI, ctx.dropout, ctx.seed, grad.device)
         grad_A_RI = None
         if wants_A:
-            dropped_NI = x_NI if mask_NI is None else masked(x_NI, mask_NI, room("dropped", x_NI.shape, x_NI))
+            x = of_x[0] if ctx.maker is None else ctx.maker.tensor(*of_x)
+            dropped_NI = x.reshape(shape_NI)
+            if mask_NI is not None:
+                dropped_NI = masked(dropped_NI, mask_NI, room("dropped", shape_NI, low_NR))
             grad_A_RI = (grad_low_NR.T @ dropped_NI).to(A_RI.dtype) / keep_share(ctx.dropout)
         grad_x = None
         if wants_x:
-            grad_x_NI = torch.empty_like(x_NI, memory_format=torch.contiguous_format)
-            path_NI = grad_x_NI if base_NI is None else room("dropped", x_NI.shape, x_NI)
-            torch.mm(grad_low_NR, _compensated(A_RI, ctx.dropout, x.dtype), out=path_NI)
+            grad_x_NI = low_NR.new_empty(shape_NI)
+            path_NI = grad_x_NI if base_NI is None else room("dropped", shape_NI, low_NR)
+            torch.mm(grad_low_NR, _compensated(A_RI, ctx.dropout, low_NR.dtype), out=path_NI)
             if mask_NI is not None:
                 masked(path_NI, mask_NI, path_NI)
             if base_NI is not None:
                 torch.add(path_NI, base_NI, out=grad_x_NI)
-            grad_x = grad_x_NI.view(x.shape)
-        return grad_x, grad_A_RI, grad_B_OR, None, None, None, None, None
+            grad_x = grad_x_NI.view(ctx.shape)
+        return grad_x, grad_A_RI, grad_B_OR, None, None, None, None, None, None
 
 
 def _filled(fill: Fill, A_RI: torch.Tensor, B_OR: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

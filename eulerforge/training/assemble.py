@@ -28,15 +28,17 @@ from eulerforge.models.source import BaseSource, resolve_source, revision_of
 from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.estimated import Estimated, NoEstimate, from_config, from_model
+from eulerforge.training.gated import lean_mlps
 from eulerforge.training.headcheck import check_head
 from eulerforge.training.isolation import Isolation
 from eulerforge.training.layouts import plan_layout
 from eulerforge.training.limits import Room
 from eulerforge.training.memory import Shortage, refuse_beyond_memory
-from eulerforge.training.norms import Norms, quicken_norms
+from eulerforge.training.norms import quicken_norms
 from eulerforge.training.phases import PhasePlan
 from eulerforge.training.prefix import FrozenPrefix, first_trained_layer
 from eulerforge.training.recompute import Kept, every_of, recompute_layers
+from eulerforge.training.replaced import Replaced
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -65,7 +67,8 @@ class Run:
     out: Path
     layout: Layout
     isolation: Isolation
-    norms: Norms
+    norms: Replaced
+    mlps: Replaced
     kept: Kept
     prefix: FrozenPrefix | None = None
     estimated: Estimated | NoEstimate | None = None
@@ -182,8 +185,9 @@ def assemble(
     say(isolation.line(layout.packing))
     if unchecked := check_head(loaded.model):
         warnings.append(unchecked)
-    norms = quicken_norms(loaded.model)
+    norms, mlps = quicken_norms(loaded.model), lean_mlps(loaded.model)
     say(norms.line())
+    say(mlps.line())
     layers = list(injected.adapter.find_transformer_layers(loaded.model))
     prefix = _prefix(loaded.model, phases, datasets, say) if config.training.cache_frozen_prefix else None
     if isinstance(estimated, NoEstimate):
@@ -210,6 +214,7 @@ def assemble(
         layout=layout,
         isolation=isolation,
         norms=norms,
+        mlps=mlps,
         kept=kept,
         prefix=prefix,
         estimated=estimated,

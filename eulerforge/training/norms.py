@@ -1,9 +1,10 @@
 """RMS norms in one pass, forward and backward, for the modules that prove to compute one.
 
 Notable: transformers writes an RMS norm as six operations, of which autograd keeps an fp32 copy of the input and a
-normalized one; here the input and one number per row are kept. Each kind of module (class, width, epsilon) is compared
+normalized one; here the input and one number per row are kept, and of the result that the LoRA layers take the recipe
+(``models/again.py``). Each kind of module (class, width, epsilon) is compared
 with its own forward and gradient on random numbers first; what differs is left as it is. A module is not replaced: its
-instance gets a ``forward`` of its own, which ``Norms.remove`` takes away again.
+instance gets a ``forward`` of its own, which ``Replaced.remove`` takes away again.
 On CUDA the pass is torch's ``rms_norm``, on the CPU the function below; other devices keep their modules.
 Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 Suffixes of tensor names: N rows, H width, 1 a column.
@@ -12,10 +13,8 @@ Suffixes of tensor names: N rows, H width, 1 a column.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import attrs
@@ -24,29 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from eulerforge.models.again import can_be_made_again
 from eulerforge.models.room import room
+from eulerforge.training.replaced import Replaced, replace_forwards
 
 ONE_ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """How far an element may be from the module's own, as a share of it."""
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Norms:
-    """How many norms run in one pass, and which classes were left as they are."""
-
-    fast: int = 0
-    left: tuple[str, ...] = ()
-    _undo: tuple[Callable[[], None], ...] = ()
-
-    def remove(self) -> None:
-        """Put every module back as it was."""
-        for undo in self._undo:
-            undo()
-
-    def line(self) -> str:
-        """What a run says at its start."""
-        left = f"; left as they are: {', '.join(self.left)}" if self.left else ""
-        return f"norms: {self.fast} computed in one pass{left}"
 
 
 @attrs.frozen
@@ -60,30 +42,24 @@ class _Kind:
 _KINDS = (_Kind(0.0, late=False), _Kind(0.0, late=True), _Kind(1.0, late=True))
 
 
-def quicken_norms(model: nn.Module) -> Norms:
+def quicken_norms(model: nn.Module) -> Replaced:
     """Let every norm of the model that proves to be one run in one pass."""
     proven: dict[tuple[object, ...], _Kind | None] = {}
-    left: Counter[str] = Counter()
-    undo = []
-    for module in model.modules():
-        if not _looks_like_one(module):
-            continue
+
+    def forward_for(module: Any) -> Callable[..., Any] | None:
         key = (type(module), module.weight.shape, module.weight.dtype, _epsilon(module))
         if key not in proven:
             proven[key] = _prove(module)
         kind = proven[key]
-        if kind is None:
-            left[type(module).__name__] += 1
-        else:
-            undo.append(_install(module, kind))
-    names = tuple(f"{count} {name}" for name, count in sorted(left.items()))
-    return Norms(fast=len(undo), left=names, undo=tuple(undo))
+        return _forward(_epsilon(module), kind) if kind is not None else None
+
+    return replace_forwards(model, _looks_like_one, forward_for, "norms: {} computed in one pass")
 
 
 def _looks_like_one(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     named = "RMSNorm" in type(module).__name__ and _epsilon(module) is not None
-    return named and isinstance(weight, nn.Parameter) and weight.ndim == 1 and "forward" not in vars(module)
+    return named and isinstance(weight, nn.Parameter) and weight.ndim == 1
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -91,9 +67,7 @@ def _epsilon(module: nn.Module) -> float | None:
     return found if isinstance(found, float) else None
 
 
-def _install(module: nn.Module, kind: _Kind) -> Callable[[], None]:
-    eps = _epsilon(module)
-
+def _forward(eps: float | None, kind: _Kind) -> Callable[..., Any]:
     def forward(self: nn.Module, x: torch.Tensor) -> Any:
         weight: Any = self.weight
         plain = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
@@ -101,13 +75,7 @@ def _install(module: nn.Module, kind: _Kind) -> Callable[[], None]:
             return type(self).forward(self, x)
         return _one_pass(x, weight, eps, kind)
 
-    # bound, so that a copy of the module computes with the copy's weight
-    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
-
-    def undo() -> None:
-        del module.forward
-
-    return undo
+    return forward
 
 
 def _prove(module: nn.Module) -> _Kind | None:
@@ -150,35 +118,35 @@ def _with_gradient(norm: Callable[..., Any], x: torch.Tensor, upstream: torch.Te
 
 def _one_pass(x: torch.Tensor, weight_H: torch.Tensor, eps: float | None, kind: _Kind) -> torch.Tensor:
     if x.device.type == "cuda":
-        return F.rms_norm(x, weight_H.shape, weight_H, eps)
-    y: torch.Tensor = _RMSNorm.apply(x, weight_H, eps, kind)
-    return y
+        norm = partial(F.rms_norm, normalized_shape=weight_H.shape, eps=eps)
+        return can_be_made_again(norm(x, weight=weight_H), lambda x, weight_H: norm(x, weight=weight_H), x, weight_H)
+    y: torch.Tensor
+    y, scale_N1 = _RMSNorm.apply(x, weight_H, eps, kind)
+    return can_be_made_again(y, partial(_made_again, kind=kind), x, scale_N1, weight_H)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The CPU's pass, forward bit for bit what the module computes; the weight is frozen."""
+    """The CPU's pass, forward bit for bit what the module computes, and its scale of each row; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight_H: torch.Tensor, eps: float, kind: _Kind) -> torch.Tensor:
-        x_NH = x.reshape(-1, len(weight_H))
-        wide_NH = room("norm", x_NH.shape, x_NH.new_empty(0, dtype=torch.float32)).copy_(x_NH)
-        squares_NH = torch.mul(wide_NH, wide_NH, out=room("norm product", x_NH.shape, wide_NH))
+    def forward(
+        ctx: Any, x: torch.Tensor, weight_H: torch.Tensor, eps: float, kind: _Kind
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wide_NH = _widened(x)
+        squares_NH = torch.mul(wide_NH, wide_NH, out=room("norm product", wide_NH.shape, wide_NH))
         scale_N1 = squares_NH.mean(-1, keepdim=True).add_(eps).rsqrt_()
-        wide_NH.mul_(scale_N1)
-        y_NH = torch.empty_like(x_NH, memory_format=torch.contiguous_format)
-        if kind.late:
-            y_NH.copy_(wide_NH.mul_(weight_H.float() + kind.offset))
-        else:
-            y_NH.copy_(wide_NH).mul_(weight_H)
+        y = _rounded(wide_NH, x, scale_N1, weight_H, kind)
         ctx.save_for_backward(x, scale_N1, weight_H)
         ctx.kind = kind
-        # a view made in here could not be changed in place, as a router's jitter does
-        y: torch.Tensor = torch.ops.aten._unsafe_view(y_NH, x.shape)
-        return y
+        ctx.mark_non_differentiable(scale_N1)
+        ctx.set_materialize_grads(False)
+        return y, scale_N1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> Any:
+        if grad is None:
+            return None, None, None, None
         x, scale_N1, weight_H = ctx.saved_tensors
         width = len(weight_H)
         grad_NH, x_NH = grad.reshape(-1, width), x.reshape(-1, width)
@@ -191,3 +159,27 @@ class _RMSNorm(torch.autograd.Function):
         wide_NH.mul_(scale_N1).addcmul_(wide_x_NH, along_N1)
         grad_x_NH = torch.empty_like(x_NH, memory_format=torch.contiguous_format).copy_(wide_NH)
         return grad_x_NH.view(x.shape), None, None, None
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    x_NH = x.reshape(-1, x.shape[-1])
+    return room("norm", x_NH.shape, x_NH.new_empty(0, dtype=torch.float32)).copy_(x_NH)
+
+
+def _rounded(
+    wide_NH: torch.Tensor, like: torch.Tensor, scale_N1: torch.Tensor, weight_H: torch.Tensor, kind: _Kind
+) -> torch.Tensor:
+    """The norm of ``wide_NH``, which is written over, in the shape and the precision of ``like``."""
+    wide_NH.mul_(scale_N1)
+    y_NH = like.new_empty(wide_NH.shape)
+    if kind.late:
+        y_NH.copy_(wide_NH.mul_(weight_H.float() + kind.offset))
+    else:
+        y_NH.copy_(wide_NH).mul_(weight_H)
+    # a view made in here could not be changed in place, as a router's jitter does
+    y: torch.Tensor = torch.ops.aten._unsafe_view(y_NH, like.shape)
+    return y
+
+
+def _made_again(x: torch.Tensor, scale_N1: torch.Tensor, weight_H: torch.Tensor, kind: _Kind) -> torch.Tensor:
+    return _rounded(_widened(x), x, scale_N1, weight_H, kind)

@@ -22,6 +22,7 @@ from eulerforge.models.room import fresh_rooms
 from eulerforge.training.blocks import BlockRecord, Size
 from eulerforge.training.document_products import BLOCK, none_kept
 from eulerforge.training.forward import hidden_states
+from eulerforge.training.gated import lean_mlps
 from eulerforge.training.layerblocks import (
     GIVEN,
     GRADIENT,
@@ -207,12 +208,13 @@ def _materialized(decoder: Any, layer: nn.Module, device: torch.device) -> Itera
                 undo.append((tensors, name, tensor))  # type: ignore[arg-type]
                 tensors[name] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
     # as a run does once the weights are there
-    norms = [quicken_norms(module) for module in (layer, getattr(decoder, "norm", None)) if undo and module is not None]
+    own = [module for module in (layer, getattr(decoder, "norm", None)) if undo and module is not None]
+    replaced = [replace(module) for module in own for replace in (quicken_norms, lean_mlps)]
     try:
         yield
     finally:
-        for quickened in norms:
-            quickened.remove()
+        for forwards in replaced:
+            forwards.remove()
         if undo:
             for module in layer.modules():
                 if isinstance(module, AdaptedModule):

@@ -82,7 +82,8 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: 
         "coverage": {"allow_partial": run.report.allow_partial, "gaps": list(run.report.gaps)},
         "seed": run.config.seed,
         "packing": {**run.isolation.to_json(run.layout.packing), "token_budget": run.layout.token_budget},
-        "norms": {"one_pass": run.norms.fast, "left": list(run.norms.left)},
+        "norms": {"one_pass": run.norms.count, "left": list(run.norms.left)},
+        "gated_mlps": {"keep_two_of_four": run.mlps.count, "left": list(run.mlps.left)},
         "base": {
             "name": run.source.name,
             "kind": run.source.kind,

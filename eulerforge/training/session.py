@@ -120,6 +120,7 @@ class _Session:
             after = self._trained()
         self.run.isolation.remove()
         self.run.norms.remove()
+        self.run.mlps.remove()
         summary = make_summary(self.run, self.state, after)
         write_json_atomic(self.out / outdir.SUMMARY_FILE, summary)
         # final is last: a folder that has it is a finished run

@@ -249,11 +249,11 @@ def test_hooks_on_the_base_layer_still_run() -> None:
     assert seen == [1]
 
 
-def test_kept_for_backward_is_the_input_and_the_ranks_columns() -> None:
+def test_kept_for_backward_are_the_input_the_ranks_columns_and_a_bit_of_mask() -> None:
     layer = wrapped_block(0.3).gate
     kept: list[torch.Tensor] = []
     x = torch.randn(50, IN, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
     sizes = sorted(t.numel() for t in kept if t.data_ptr() not in (layer.lora_A.data_ptr(), layer.lora_B.data_ptr()))
-    assert sizes == [50 * R, 50 * IN]
+    assert sizes == [50 * IN // 8, 50 * R, 50 * IN]

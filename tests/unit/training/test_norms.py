@@ -47,7 +47,7 @@ def test_value_and_gradient_are_the_float64_references(kind: Any, offset: float,
     module = kind(48)
     module.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     module = module.to(dtype).requires_grad_(False)
-    assert quicken_norms(module).fast == 1
+    assert quicken_norms(module).count == 1
     generator = torch.Generator().manual_seed(2)
     x, upstream = (torch.randn(2, 7, 48, generator=generator).to(dtype) for _ in range(2))
     x = x.transpose(0, 1).requires_grad_()  # no contiguous rows
@@ -68,7 +68,7 @@ def test_the_bits_are_the_modules_own(kind: Any, dtype: torch.dtype) -> None:
     module = module.to(dtype)
     x = torch.randn(100, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
     own = module(x)
-    assert quicken_norms(module).fast == 1
+    assert quicken_norms(module).count == 1
     assert torch.equal(module(x), own)
 
 
@@ -77,7 +77,7 @@ def test_a_family_computes_what_it_did(family: str) -> None:
     plain = tiny_model(family).requires_grad_(False)
     quick = copy.deepcopy(plain)
     norms = quicken_norms(quick)
-    assert norms.fast >= 2 * len(plain.get_decoder().layers) + 1
+    assert norms.count >= 2 * len(plain.get_decoder().layers) + 1
     assert norms.left == (("2 Qwen3_5RMSNormGated",) if family == "qwen3_5" else ())
     ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     slopes = []
