@@ -85,8 +85,9 @@ def test_what_is_kept_is_what_autograd_keeps(tmp_path: Path, family: str, packin
     # the decoder's result is there and is not kept, and so are the positions
     states = sum(lengths) * run.model.config.get_text_config().hidden_size * 4
     expected = really_kept(run, batch) + states + sum(lengths) * 8
-    # a loop over chunks is not straight to the last byte: its first chunk keeps less than the next
-    exact = 5e-2 if family == "qwen3_5" else 1e-2
+    # a loop over chunks is not straight to the last byte: its first chunk keeps less than the next; Gemma has two tables
+    # of positions, cosine and sine of 8 numbers each, and a layer sees its own alone
+    exact = {"qwen3_5": 5e-2, "gemma3": 1.2e-2}.get(family, 1e-2)
     assert level_above(blocks, size) == pytest.approx(expected, rel=exact)
     assert [type(layer) for layer in run.model.get_decoder().layers] == [type(layer) for layer in layers]
 
@@ -138,10 +139,10 @@ def test_a_layer_that_is_computed_again_keeps_its_input_alone(tmp_path: Path) ->
     run = prepared_run(tmp_path, "llama", training__gradient_checkpointing="all")
     blocks = record_layer(run.model, 1, device=CPU, packed=True, takes_gradient=True)
     size = MicroBatch.of_rows(1, 128, packed=True)
-    assert blocks.kept(size.tokens, size.square) < 0.02 * 128 * 1496
+    assert blocks.kept(size.tokens, size.square) < 0.04 * 128 * 856
     plain = prepared_run(tmp_path / "plain", "llama")
     whole = record_layer(plain.model, 1, device=CPU, packed=True, takes_gradient=True)
-    assert whole.kept(size.tokens, size.square) == 128 * 1496
+    assert whole.kept(size.tokens, size.square) == 128 * 856
 
 
 def test_what_leaves_the_device_is_not_counted_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
