@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import attrs
@@ -21,7 +20,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from eulerforge.models.again import can_be_made_again
-from eulerforge.models.room import room
 from eulerforge.training.replaced import Replaced, replace_forwards
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -96,8 +94,9 @@ def _forward(activation: _Activation) -> Callable[..., Any]:
         if not torch.is_grad_enabled() or amp or torch.compiler.is_compiling():  # the compiler fuses by itself
             return type(self).forward(self, x)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        y = _Gated.apply(gate, up, activation)
-        return self.down_proj(can_be_made_again(y, partial(_product, activation=activation), gate, up))
+        again = _Again(activation)
+        y = _Gated.apply(gate, up, again)
+        return self.down_proj(can_be_made_again(y, again.product, gate, up))
 
     return forward
 
@@ -106,22 +105,39 @@ def _product(gate: torch.Tensor, up: torch.Tensor, activation: _Activation) -> t
     return activation.value(gate, out=torch.empty_like(gate)).mul_(up)
 
 
+class _Again:
+    """One pass's activation in the backward pass: the next layer makes it for the product, ``_Gated`` needs it then."""
+
+    def __init__(self, activation: _Activation) -> None:
+        self.activation = activation
+        self._made: torch.Tensor | None = None
+
+    def product(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        self._made = self.activation.value(gate, out=torch.empty_like(gate))
+        return self._made * up
+
+    def activated(self, gate: torch.Tensor) -> torch.Tensor:
+        """It may be written over."""
+        made, self._made = self._made, None
+        return made if made is not None else self.activation.value(gate, out=torch.empty_like(gate))
+
+
 class _Gated(torch.autograd.Function):
     """act(gate) * up, each (..., W)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: _Activation) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, again: _Again) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return _product(gate, up, activation)
+        ctx.again = again
+        return _product(gate, up, again.activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        wide = room("gated", tuple(gate.shape), gate)
-        grad_up = grad * ctx.activation.value(gate, out=wide) if ctx.needs_input_grad[1] else None
+        activated = ctx.again.activated(gate)
+        grad_up = grad * activated if ctx.needs_input_grad[1] else None
         grad_gate = None
         if ctx.needs_input_grad[0]:
-            grad_gate = ctx.activation.slope(torch.mul(grad, up, out=wide), gate)
+            grad_gate = ctx.again.activation.slope(torch.mul(grad, up, out=activated), gate)
         return grad_gate, grad_up, None

@@ -85,8 +85,8 @@ def test_what_is_kept_is_what_autograd_keeps(tmp_path: Path, family: str, packin
     # the decoder's result is there and is not kept, and so are the positions
     states = sum(lengths) * run.model.config.get_text_config().hidden_size * 4
     expected = really_kept(run, batch) + states + sum(lengths) * 8
-    # a loop over chunks is not straight to the last byte: its first chunk keeps less than the next; Gemma has two tables
-    # of positions, cosine and sine of 8 numbers each, and a layer sees its own alone
+    # a loop over chunks is not straight to the last byte: its first chunk keeps less than the next; Gemma has two
+    # tables of positions, cosine and sine of 8 numbers each, and a layer sees its own alone
     exact = {"qwen3_5": 5e-2, "gemma3": 1.2e-2}.get(family, 1e-2)
     assert level_above(blocks, size) == pytest.approx(expected, rel=exact)
     assert [type(layer) for layer in run.model.get_decoder().layers] == [type(layer) for layer in layers]
