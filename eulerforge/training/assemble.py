@@ -187,7 +187,8 @@ def assemble(
         warnings.append(unchecked)
     norms, mlps = quicken_norms(loaded.model), lean_mlps(loaded.model)
     say(norms.line())
-    say(mlps.line())
+    if mlps.count or mlps.left:
+        say(mlps.line())
     layers = list(injected.adapter.find_transformer_layers(loaded.model))
     prefix = _prefix(loaded.model, phases, datasets, say) if config.training.cache_frozen_prefix else None
     if isinstance(estimated, NoEstimate):

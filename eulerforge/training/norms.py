@@ -1,10 +1,10 @@
 """RMS norms in one pass, forward and backward, for the modules that prove to compute one.
 
 Notable: transformers writes an RMS norm as six operations, of which autograd keeps an fp32 copy of the input and a
-normalized one; here the input and one number per row are kept, and of the result that the LoRA layers take the recipe
-(``models/again.py``). Each kind of module (class, width, epsilon) is compared
-with its own forward and gradient on random numbers first; what differs is left as it is. A module is not replaced: its
-instance gets a ``forward`` of its own, which ``Replaced.remove`` takes away again.
+normalized one; here the input and one number per row are kept, and LoRA layers keep a recipe of the result
+(``models/again.py``). Each kind of module (class, width, epsilon) is compared with its own forward and gradient on
+random numbers first; what differs is left as it is. A module is not replaced: its instance gets a ``forward`` of its
+own, which ``Replaced.remove`` takes away again.
 On CUDA the pass is torch's ``rms_norm``, on the CPU the function below; other devices keep their modules.
 Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 Suffixes of tensor names: N rows, H width, 1 a column.

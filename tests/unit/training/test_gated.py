@@ -38,6 +38,13 @@ class Clamped(MLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.1) * self.up_proj(x))
 
 
+class Wide(MLP):
+    """Code of a model's own that raises what it likes where its layers are narrow."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise KeyError(x.shape[-1])
+
+
 def adapted(mlp: Any, dropout: float = 0.0) -> Any:
     generator = torch.Generator().manual_seed(1)
     for name in ("gate_proj", "up_proj", "down_proj"):
@@ -154,8 +161,10 @@ def test_a_result_that_a_hook_changes_in_place_is_kept_itself() -> None:
 
 
 def test_what_only_looks_like_one_is_left_and_named() -> None:
-    model = nn.Sequential(MLP(), Clamped(), Clamped(), MLP("relu2"))
-    assert lean_mlps(model).line() == ("gated MLPs: 1 keep two of four tensors; left as they are: 2 Clamped, 1 MLP")
+    model = nn.Sequential(MLP(), Clamped(), Clamped(), MLP("relu2"), Wide())
+    assert lean_mlps(model).line() == (
+        "gated MLPs: 1 keep two of four tensors; left as they are: 2 Clamped, 1 MLP, 1 Wide"
+    )
 
 
 def test_an_evaluation_and_a_trained_base_take_the_layers_as_they_are() -> None:
