@@ -83,8 +83,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def train_steps(run: Any, steps: int) -> Any:
     """Train an assembled run in its real loop; gives back the optimizer. Nothing but metrics.jsonl is written."""
-    from eulerforge.training.checkpoint import TrainState
     from eulerforge.training.loop import train_loop
+    from eulerforge.training.manifest import TrainState
     from eulerforge.training.metrics import MetricsLog
     from eulerforge.training.optimizer import make_optimizer
     from eulerforge.training.progress import Progress

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eulerforge.models.source import BaseSource
 
 FORMATS = ("merged", "peft")
 DTYPES = ("auto", "fp32", "fp16", "bf16")
@@ -74,21 +78,32 @@ def write(args: argparse.Namespace, *, format: str, output: Path | None, keys: s
         )
     registry = registry_from(args)
 
-    from eulerforge.export.merged import refuse_existing, write_merged
-    from eulerforge.export.peft_adapter import write_peft
-    from eulerforge.export.rundir import locate, open_run
+    from eulerforge.export.destination import prepare, refuse_existing
+    from eulerforge.export.merged import merged_bytes, write_merged
+    from eulerforge.export.peft_adapter import peft_bytes, write_peft
+    from eulerforge.export.rundir import attach, locate, open_base
+    from eulerforge.training.checkpoint import ADAPTER_FILE
 
-    output = output or locate(args.run, args.checkpoint).folder / "merged"
-    refuse_existing(output, overwrite=args.overwrite)  # before minutes are spent on loading
-    opened = open_run(args.run, registry=registry, device=args.device, checkpoint=args.checkpoint, say=say)
+    dtype = None if args.dtype == "auto" else args.dtype
+    location = locate(args.run, args.checkpoint, say=say)
+    out = output or location.folder / "merged"
+
+    def found(source: BaseSource) -> None:
+        """Look at the place before minutes are spent on loading."""
+        # what trained has the precision of a PEFT adapter on the disk
+        learnt = (location.checkpoint / ADAPTER_FILE).stat().st_size
+        base = source.folder
+        prepare(out, peft_bytes(learnt, base) if format == "peft" else merged_bytes(base, dtype), say)
+
+    refuse_existing(out, overwrite=args.overwrite)
+    opened = attach(open_base(location, registry=registry, device=args.device, found=found, say=say), registry)
     for line in (*opened.location.notes, *opened.warnings):
         warn(line)
     if format == "peft":
-        written = write_peft(opened, output, keys=keys, overwrite=args.overwrite, force=args.force)
+        written = write_peft(opened, out, keys=keys, overwrite=args.overwrite, force=args.force)
     else:
-        dtype = None if args.dtype == "auto" else args.dtype
         written = write_merged(
-            opened, output, dtype=dtype, overwrite=args.overwrite, verify=not args.no_verify, force=args.force
+            opened, out, dtype=dtype, overwrite=args.overwrite, verify=not args.no_verify, force=args.force
         )
     for problem in written.audit.problems:
         warn(attrs.evolve(problem, message=f"written because of --force: {problem.message}", hint=None))

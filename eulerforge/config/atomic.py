@@ -10,6 +10,7 @@ Bytes go through ``os.write`` and names through ``os.rename``, so that a test ca
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from eulerforge.config.claims import LOCK_SUFFIX, abandoned, claimed
 from eulerforge.terminal import strict
 
 STAGING_PREFIX = ".staging-"
@@ -113,18 +115,18 @@ def staged_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     if replace:
         _put_back(final)
-    staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{final.name}-", dir=final.parent))
-    staging.chmod(0o777 & ~_umask())
-    try:
-        yield staging
-        _flush_tree(staging)
-        if replace and final.exists():
-            _replace(staging, final)
-        else:
-            _rename_new(staging, final)
-        fsync_path(final.parent)
-    finally:
-        remove_tree(staging, ignore_errors=True)
+    with claimed(final.parent, f"{STAGING_PREFIX}{final.name}-") as staging:
+        staging.mkdir()
+        try:
+            yield staging
+            _flush_tree(staging)
+            if replace and final.exists():
+                _replace(staging, final)
+            else:
+                _rename_new(staging, final)
+            fsync_path(final.parent)
+        finally:
+            remove_tree(staging, ignore_errors=True)
 
 
 def commit_folder(staging: Path, final: Path) -> None:
@@ -145,12 +147,21 @@ def remove_tree(path: Path, *, ignore_errors: bool = False) -> None:
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
-def remove_leftovers(folder: Path) -> list[str]:
-    """Delete what an interrupted write left in ``folder``; give back the names. Only for the folder's sole writer."""
+def remove_leftovers(folder: Path, *, of: str | None = None) -> list[str]:
+    """Delete what an interrupted write left in ``folder``; give back the names. A staging folder in use is left alone.
+
+    Args:
+        of: the name that was to appear, for who writes beside others; None is for the folder's sole writer, who may
+            also delete what never had a lock.
+    """
+    pattern = "*" if of is None else f"{glob.escape(of)}-*{LOCK_SUFFIX}"
     names = []
-    for path in sorted(folder.glob(f"{STAGING_PREFIX}*")):
-        names.append(path.name)
-        remove_tree(path) if path.is_dir() else path.unlink()
+    for name in sorted({path.name.removesuffix(LOCK_SUFFIX) for path in folder.glob(f"{STAGING_PREFIX}{pattern}")}):
+        path = folder / name
+        with abandoned(path) as free:
+            if free and os.path.lexists(path):
+                names.append(name)
+                remove_tree(path) if path.is_dir() else path.unlink()
     return names
 
 

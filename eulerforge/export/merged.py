@@ -11,6 +11,7 @@ into the tensors of single experts where the files have those.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -20,22 +21,21 @@ from typing import Any
 import attrs
 import torch
 
-import eulerforge
-from eulerforge.config.atomic import staged_folder
 from eulerforge.errors import ModelError, Problem, RunError, UsageError, first_line
 from eulerforge.export.audit import ExportAudit
 from eulerforge.export.basefiles import INDEX, BaseFiles, Piece, other_files, read_base_files
+from eulerforge.export.destination import RECEIPT, check_destination, staged_export
 from eulerforge.export.measure import audit_changes, compare_logits
 from eulerforge.export.probe import probe_rows
 from eulerforge.export.rundir import TrainedRun
 from eulerforge.export.shards import FLOATS, Rewrite, read_header, write_shard
+from eulerforge.export.written import Written, write_receipt
 from eulerforge.lora.adapted import AdaptedLinear, AdaptedModule
 from eulerforge.lora.wrap import adapted_modules
 from eulerforge.models.device import DTYPE_NAMES, DTYPES
 from eulerforge.models.quantized import QUANTIZED_MODES
 from eulerforge.training.receipt import GENERATION_CONFIG, read_receipt
 
-RECEIPT = "eulerforge_export.json"
 OTHER_BASE = "merge with the base that the run was trained on"
 DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 and what older tools wrote
 
@@ -67,30 +67,6 @@ class Change:
                 hint=OTHER_BASE,
             )
         return part.reshape(base.shape)
-
-
-@attrs.frozen(kw_only=True)
-class Written:
-    """What an export wrote."""
-
-    folder: Path
-    format: str
-    dtype: str
-    tensors: tuple[str, ...]
-    files: tuple[str, ...]
-    size: int
-    audit: ExportAudit
-    warnings: tuple[Problem, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in ("format", "dtype", "files", "size")}
-        return {
-            "folder": str(self.folder),
-            **fields,
-            "tensors": len(self.tensors),
-            "audit": self.audit.to_json(),
-            "warnings": [problem.to_json() for problem in self.warnings],
-        }
 
 
 @torch.no_grad()
@@ -131,7 +107,7 @@ def write_merged(
         quantized=run.run.model.load_precision.mode in QUANTIZED_MODES,
     )
     audit.refuse(force=force)
-    with staged_folder(place_of(out), replace=out.is_dir()) as staging:
+    with staged_export(out, merged_bytes(base.folder, dtype), overwrite=overwrite) as staging:
         check = _accept if force else _refuse_not_finite
         size = sum(_write_shard(base, file, changes, target, staging, check) for file in base.files)
         if base.index is not None:
@@ -142,20 +118,29 @@ def write_merged(
             audit = attrs.evolve(audit, logits=compare_logits(run.model, model, *probe_rows(run)))
             audit.refuse(force=force)
         warnings = _lost(run, staging)
-        notes = [problem.to_json() for problem in warnings]
-        receipt = {**_receipt(run, dtype, sorted(changes)), "audit": audit.to_json(), "warnings": notes}
-        (staging / RECEIPT).write_text(json.dumps(receipt, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        facts = {"merged_into": "original base files", "dtype": dtype or "as the base"}
+        write_receipt(staging, run, "merged", audit, warnings, **facts, tensors_replaced=sorted(changes))
         files = tuple(sorted(path.name for path in staging.iterdir()))
     return Written(
         folder=out,
         format="merged",
-        dtype=receipt["dtype"],
+        dtype=facts["dtype"],
         tensors=tuple(sorted(changes)),
         files=files,
         size=size,
         audit=audit,
         warnings=warnings,
     )
+
+
+def merged_bytes(folder: Path, dtype: str | None) -> int:
+    """How large the merged folder of a base will be."""
+    base = read_base_files(folder)
+    size = sum((folder / name).stat().st_size for name in (*map(Path, base.files), *other_files(folder)))
+    if dtype is None:
+        return size
+    entries = (entry for name in base.files for entry in read_header(folder / name)[0] if entry.is_float)
+    return size + sum(math.prod(one.shape) * DTYPES[dtype].itemsize - (one.end - one.start) for one in entries)
 
 
 def changes_of(run: TrainedRun) -> list[Change]:
@@ -174,50 +159,6 @@ def changes_of(run: TrainedRun) -> list[Change]:
             value = values.pop(name, None)
             found.append(Change(live=name, shape=shape, value=value, adapter=module, parameter=parameter))
     return found + [Change(live=name, shape=tuple(value.shape), value=value) for name, value in values.items()]
-
-
-def check_destination(out: Path, run: TrainedRun, *, overwrite: bool) -> None:
-    """Refuse a destination that would destroy something.
-
-    Raises:
-        UsageError: ``out`` exists and may not be replaced, or is or holds the base's or the run's own folder.
-    """
-    where = out.resolve()
-    base = run.source.folder.resolve()
-    if where == base or base.is_relative_to(where) or where.is_relative_to(base):
-        raise UsageError(f"{out} and the base model's folder {base} overlap", hint="choose another --output")
-    if run.folder.resolve().is_relative_to(where) or where.is_relative_to(run.checkpoint.resolve()):
-        raise UsageError(f"{out} would replace a part of the run {run.folder}", hint="choose another --output")
-    refuse_existing(out, overwrite=overwrite)
-
-
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Refuse a destination that exists, unless it is empty, or an earlier export that may be overwritten.
-
-    Raises:
-        UsageError: it may not be replaced.
-    """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UsageError(f"{out} is a file", hint="choose another --output")
-    if out.is_mount():  # an export appears by a rename, which a mount point cannot take part in
-        raise UsageError(f"{out} is a mount point, which cannot be replaced", hint=f"--output {out / 'model'}")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError(f"{out} exists already", hint="give --overwrite, or another --output")
-    if not (out / RECEIPT).is_file():
-        raise UsageError(
-            f"{out} is no export of ours (it has no {RECEIPT}), so it is not overwritten",
-            hint="choose another --output, or delete the folder yourself",
-        )
-
-
-def place_of(out: Path) -> Path:
-    """Where an export is written: a link is followed, for whose room it was made; but over an earlier export the link
-    goes and what it leads to stays."""
-    return out if out.is_dir() and any(out.iterdir()) else out.resolve()
 
 
 def verify_loads(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -340,30 +281,3 @@ def _refuse_quantized(folder: Path) -> None:
             f"{folder.name} is stored quantized: a delta that is added to it would be lost in its rounding",
             hint="merge into the base model in fp32, fp16 or bf16",
         )
-
-
-def _receipt(run: TrainedRun, dtype: str | None, tensors: list[str]) -> dict[str, Any]:
-    return {
-        **origin(run, "merged"),
-        "merged_into": "original base files",
-        "dtype": dtype or "as the base",
-        "tensors_replaced": tensors,
-    }
-
-
-def origin(run: TrainedRun, format: str) -> dict[str, Any]:
-    """The part of the receipt that every export shares: what it was made of."""
-    return {
-        "schema": 1,
-        "format": format,
-        "eulerforge": eulerforge.__version__,
-        "run": run.folder.name,
-        "checkpoint": run.checkpoint.name,
-        "step": run.step,
-        "base": {
-            "model_name": run.source.name,
-            "kind": run.source.kind,
-            "trained_as": run.run.model.load_precision.mode,
-            **run.weights,
-        },
-    }

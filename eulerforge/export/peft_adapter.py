@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from eulerforge.config.atomic import staged_folder
 from eulerforge.errors import Problem, UsageError
 from eulerforge.export.audit import ExportAudit
 from eulerforge.export.basefiles import TOKENIZER_FILES, other_files, read_base_files
+from eulerforge.export.destination import RECEIPT, check_destination, staged_export
 from eulerforge.export.measure import audit_changes
-from eulerforge.export.merged import RECEIPT, Written, changes_of, check_destination, copy_files, origin, place_of
+from eulerforge.export.merged import changes_of, copy_files
 from eulerforge.export.rundir import TrainedRun
+from eulerforge.export.written import Written, write_receipt
 from eulerforge.lora.experts import LoRAExperts
 from eulerforge.lora.linear import LoRALinear
 from eulerforge.lora.wrap import adapted_modules
+from eulerforge.training.checkpoint import tensor_bytes
 
 KEYS = ("text", "multimodal")
 MULTIMODAL = "model.language_model."
@@ -79,23 +81,28 @@ def write_peft(
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A.detach().float().cpu().contiguous()
         lora_B = module.lora_B.detach().float().cpu() * (module.scaling / scaling)
         tensors[f"base_model.model.{path}.lora_B.weight"] = lora_B.contiguous()
-    with staged_folder(place_of(out), replace=out.is_dir()) as staging:
+    size = tensor_bytes(tensors)
+    with staged_export(out, peft_bytes(size, run.source.folder), overwrite=overwrite) as staging:
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
         copy_files(run.source.folder, tokenizer, staging)
-        said = [problem.to_json() for problem in notes]
-        receipt = {**origin(run, "peft"), "audit": audit.to_json(), "warnings": said}
-        for name, value in ((CONFIG_FILE, peft_config(run, layers)), (RECEIPT, receipt)):
-            (staging / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        config = json.dumps(peft_config(run, layers), indent=2, ensure_ascii=False)
+        (staging / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        write_receipt(staging, run, "peft", audit, notes)
     return Written(
         folder=out,
         format="peft",
         dtype="fp32",
         tensors=tuple(sorted(tensors)),
         files=tuple(sorted((CONFIG_FILE, WEIGHTS_FILE, RECEIPT, *map(str, tokenizer)))),
-        size=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        size=size,
         audit=audit,
         warnings=notes,
     )
+
+
+def peft_bytes(weights: int, base: Path) -> int:
+    """How large the folder of an adapter with so many bytes will be."""
+    return weights + sum((base / name).stat().st_size for name in other_files(base, TOKENIZER_FILES))
 
 
 def _in_the_cache(run: TrainedRun) -> tuple[Problem, ...]:

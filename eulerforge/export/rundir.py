@@ -19,19 +19,14 @@ from eulerforge.errors import CheckpointError
 from eulerforge.lora.apply import apply_injection
 from eulerforge.models.device import pick_device
 from eulerforge.models.load import load_model
-from eulerforge.models.source import BaseSource
-from eulerforge.training.checkpoint import (
-    ADAPTER_FILE,
-    STATE_FILE,
-    TrainState,
-    latest_complete,
-    load_trained,
-    read_state,
-    verify,
-)
+from eulerforge.models.soundness import check_folder
+from eulerforge.models.source import BaseSource, resolve_source
+from eulerforge.training.checkpoint import ADAPTER_FILE, load_trained
 from eulerforge.training.identity import HELD_OUT
+from eulerforge.training.manifest import STATE_FILE, TrainState, read_state, verify
 from eulerforge.training.outdir import CONFIG_FILE, FINAL, went_on_to
 from eulerforge.training.receipt import base_weights
+from eulerforge.training.rotation import checkpoint_folders, latest_complete
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -145,11 +140,17 @@ def locate(path: Path, checkpoint: int | None = None, *, say: Callable[[str], No
 
 
 def open_base(
-    location: Location, *, registry: Registry, device: str | None = None, say: Callable[[str], None] | None = None
+    location: Location,
+    *,
+    registry: Registry,
+    device: str | None = None,
+    found: Callable[[BaseSource], None] = lambda source: None,
+    say: Callable[[str], None] | None = None,
 ) -> OpenBase:
     """Load the preset and the base of a run; no adapter is in the model yet.
 
-    ``device`` None is the preset's own.
+    ``device`` None is the preset's own. ``found`` is called once the base's folder is known, before its weights are
+    read.
 
     Raises:
         CheckpointError: the base's files are not those that the run was trained on.
@@ -159,7 +160,10 @@ def open_base(
     if run.model.trust_remote_code and say is not None:
         say(f"warning: {location.folder / CONFIG_FILE} turns model.trust_remote_code on: the model's own code runs now")
     where = pick_device(device or run.device, hint="--device cpu")
-    loaded = load_model(run, device=where, say=say)
+    source = resolve_source(run.model_name, revision=run.model.revision, say=say)
+    check_folder(source.folder)
+    found(source)
+    loaded = load_model(run, device=where, source=source, say=say)
     weights = base_weights(loaded.source.folder)
     trained_on = location.state.identity.get("model_name", weights["sha256"])
     if weights["sha256"] != trained_on:
@@ -215,7 +219,7 @@ def _choose(folder: Path, checkpoint: int | None, say: Callable[[str], None] | N
     if checkpoint is not None:
         chosen = folder / f"checkpoint-{checkpoint}"
         if not chosen.is_dir():
-            there = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+            there = [path.name for path in reversed(checkpoint_folders(folder))]
             raise CheckpointError(
                 f"{folder} has no checkpoint-{checkpoint}",
                 key="--checkpoint",

@@ -15,8 +15,8 @@ from eulerforge.errors import ModelError, first_line
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 HUB_COPIES = ("consolidated*.safetensors", "original/*")
 """Weights in a second form, beside those that transformers reads."""
-RUN_FILE, MANIFEST = "resolved_config.toml", "manifest.json"
-"""What a run's folder holds, and each of its checkpoints."""
+RUN_FILE, MANIFEST, EXPORT_FILE = "resolved_config.toml", "manifest.json", "eulerforge_export.json"
+"""What a run's folder holds, each of its checkpoints, and each export."""
 NO_MODEL = "give a folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
 MOST_CAUSES = 10
 _COMMIT = re.compile(r"[0-9a-f]{40}")

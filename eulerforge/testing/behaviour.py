@@ -21,7 +21,8 @@ from eulerforge.models.linear_ops import linear_ops_from
 from eulerforge.testing.fault import Nonconforming, blamed, listed, require
 from eulerforge.testing.installed import registry
 from eulerforge.testing.probe import TOLERANCE, backward, distance, logits_of, perturb, rounding
-from eulerforge.training.checkpoint import TrainState, load_trained, save_checkpoint
+from eulerforge.training.checkpoint import load_trained, save_checkpoint
+from eulerforge.training.manifest import TrainState
 
 Make: TypeAlias = Callable[[], Any]
 Inject: TypeAlias = Callable[[Any], InjectionReport]

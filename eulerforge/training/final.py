@@ -16,22 +16,19 @@ from eulerforge.api import InjectionReport
 from eulerforge.config.atomic import staged_folder
 from eulerforge.training.checkpoint import (
     ADAPTER_FILE,
-    TrainState,
+    GO_ON,
     refuse_not_finite,
-    room_for,
     tensor_bytes,
     trained_tensors,
-    write_manifest,
-    write_state,
     write_tensors,
 )
+from eulerforge.training.diskroom import room_for
+from eulerforge.training.manifest import TrainState, write_manifest, write_state
 
 FOLDER = "final"
 FULL_PATTERN = "model_with_adapters{suffix}.safetensors"
 MAX_SHARD = "5GB"
-
-
-WITHOUT_BASE = ", or --set checkpoint.include_base=false, which leaves the base's weights out"
+WITHOUT_BASE = f"make room, or --set checkpoint.include_base=false, which leaves the base's weights out, {GO_ON}"
 
 
 def refuse_no_room(

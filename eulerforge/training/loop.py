@@ -23,9 +23,9 @@ from eulerforge.data.packing import Lines
 from eulerforge.errors import RunError
 from eulerforge.models.processor import product_key
 from eulerforge.training.assemble import Run
-from eulerforge.training.checkpoint import TrainState
 from eulerforge.training.debug import GroupNorms
 from eulerforge.training.forward import label_token_loss
+from eulerforge.training.manifest import TrainState
 from eulerforge.training.measured import measure
 from eulerforge.training.memory import peak_bytes
 from eulerforge.training.metrics import RowLog

@@ -12,8 +12,8 @@ from typing import Any
 
 from eulerforge.models.samples import generate_answers
 from eulerforge.training.assemble import Run
-from eulerforge.training.checkpoint import TrainState
 from eulerforge.training.evaluate import EvaluationStopped, held_out_loss
+from eulerforge.training.manifest import TrainState
 from eulerforge.training.metrics import RowLog
 from eulerforge.training.progress import Progress
 from eulerforge.training.prompts import sample_prompts

@@ -16,19 +16,15 @@ import tomli
 from eulerforge.config.atomic import fsync_path, put_back_replaced, remove_leftovers
 from eulerforge.config.location import from_the_root
 from eulerforge.errors import CheckpointError, RunError, UsageError
+from eulerforge.models.source import EXPORT_FILE
 from eulerforge.models.source import RUN_FILE as CONFIG_FILE
-from eulerforge.training.checkpoint import (
-    MANIFEST_FILE,
-    checkpoint_folders,
-    checkpoint_paths,
-    delete_folder,
-    latest_complete,
-    read_state,
-    verify,
-)
+from eulerforge.training.checkpoint import ADAPTER_FILE, OPTIMIZER_FILE
 from eulerforge.training.final import FOLDER as FINAL
+from eulerforge.training.final import FULL_PATTERN
+from eulerforge.training.manifest import MANIFEST_FILE, STATE_FILE, read_state, verify
 from eulerforge.training.metrics import read_metrics
 from eulerforge.training.receipt import FILE_NAME as RECEIPT_FILE
+from eulerforge.training.rotation import checkpoint_paths, delete_folder, latest_complete
 
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig, TrainingConfig
@@ -38,6 +34,8 @@ SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
 # the configuration is written first and deleted last: a folder with a part of a run always holds it
 _OURS = (SUMMARY_FILE, "metrics.jsonl", RECEIPT_FILE, CONFIG_FILE)
+_WRITTEN = (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE)
+_WITH_BASE = FULL_PATTERN.partition("{")[0]
 
 
 def is_used(out: Path) -> bool:
@@ -87,7 +85,7 @@ def refuse_to_begin_anew(out: Path, why: str = "") -> None:
     Raises:
         CheckpointError: there is a ``final`` or a checkpoint; ``why`` goes before what is said of it.
     """
-    left = [path for path in (out / FINAL, *checkpoint_folders(out)) if path.is_dir() and any(path.iterdir())]
+    left = [path for path in run_paths(out) if path.is_dir() and any(path.iterdir())]
     if left:
         raise CheckpointError(
             f"{why}{out} has no complete checkpoint to go on from, and step 0 on would write over {left[0].name}",
@@ -135,13 +133,9 @@ def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
             if finished
             else "--resume goes on with it, --overwrite starts anew and deletes it",
         )
-    if overwrite and is_used(out) and (foreign := _foreign_folders(out)):
-        raise UsageError(
-            f"{foreign[0]} has no {MANIFEST_FILE}, so no run wrote it whole, and the new one may take its place",
-            key="output_dir",
-            hint="move it out of this folder or delete it; --output-dir takes another folder",
-        )
-    if not is_used(out) and (any((out / name).exists() for name in (FINAL, *_OURS)) or any(out.glob("checkpoint-*"))):
+    if overwrite and is_used(out):
+        refuse_foreign(out)
+    if not is_used(out) and any(map(os.path.lexists, (*run_paths(out), *(out / name for name in _OURS)))):
         raise UsageError(
             f"{out} holds files that a run would overwrite, but no run", key="output_dir", hint="take another folder"
         )
@@ -197,21 +191,48 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+def run_paths(out: Path) -> list[Path]:
+    """Where a run writes its folders: ``final``, there or not, and what has the name of a checkpoint, newest first."""
+    return [out / FINAL, *checkpoint_paths(out)]
+
+
 def own_bytes(out: Path) -> int:
     """What ``clear`` would free, at least."""
-    return sum(file.lstat().st_size for folder in _own_folders(out) for file in folder.glob("*") if file.is_file())
+    real = (folder for folder in _own_folders(out) if not folder.is_symlink())
+    return sum(file.lstat().st_size for folder in real for file in folder.glob("*") if file.is_file())
 
 
 def _own_folders(out: Path) -> list[Path]:
     """``final`` and the checkpoints that are complete; what has no manifest is not a run's."""
-    return [folder for folder in (out / FINAL, *out.glob("checkpoint-*")) if (folder / MANIFEST_FILE).exists()]
+    return [folder for folder in run_paths(out) if (folder / MANIFEST_FILE).exists()]
 
 
-def _foreign_folders(out: Path) -> list[Path]:
-    """What has the name of ``final`` or of a checkpoint, holds something, and is no run's."""
-    named = [out / FINAL, *sorted(checkpoint_paths(out))]
-    there = [path for path in named if path.exists() and not (path / MANIFEST_FILE).exists()]
-    return [path for path in there if not path.is_dir() or any(path.iterdir())]
+def refuse_foreign(out: Path, *, damaged_may_go: bool = False) -> None:
+    """Refuse to write a run where ``final`` or a checkpoint holds something that is no run's.
+
+    Args:
+        damaged_may_go: one that has lost its manifest, and holds only what a run writes, is written anew by a resume.
+
+    Raises:
+        UsageError: it names the folder.
+    """
+    for path in run_paths(out):
+        if not path.exists() or (path / MANIFEST_FILE).exists():
+            continue
+        held = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name]
+        if damaged_may_go and all(name in _WRITTEN or name.startswith(_WITH_BASE) for name in held):
+            continue
+        if held:
+            raise UsageError(
+                f"{path} has no {MANIFEST_FILE}, so no run wrote it whole, and this one may take its place",
+                key="output_dir",
+                hint="move it out of this folder or delete it; --output-dir takes another folder",
+            )
+
+
+def exports_in(out: Path) -> list[Path]:
+    """The merged models and adapters that lie in the run's folder."""
+    return sorted(path.parent for path in out.glob(f"[!.]*/{EXPORT_FILE}"))
 
 
 def with_recorded_revision(config: RunConfig, out: Path) -> RunConfig:

@@ -21,23 +21,16 @@ from eulerforge.errors import CheckpointError, RunError, UsageError
 from eulerforge.terminal import strict
 from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say, assemble
-from eulerforge.training.checkpoint import (
-    ADAPTER_FILE,
-    OPTIMIZER_FILE,
-    TrainState,
-    complete_checkpoints,
-    load_checkpoint,
-    read_state,
-    trained_tensors,
-    verify,
-)
+from eulerforge.training.checkpoint import ADAPTER_FILE, OPTIMIZER_FILE, load_checkpoint, trained_tensors
 from eulerforge.training.identity import accept_changes, identity
 from eulerforge.training.loop import train_loop
+from eulerforge.training.manifest import TrainState, read_state, verify
 from eulerforge.training.memory import out_of_memory_advice
 from eulerforge.training.metrics import read_metrics
 from eulerforge.training.optimizer import make_optimizer, optimizer_tensors
 from eulerforge.training.progress import Progress
 from eulerforge.training.receipt import base_weights, read_receipt
+from eulerforge.training.rotation import complete_checkpoints
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry

@@ -16,16 +16,10 @@ import torch
 from eulerforge.errors import CheckpointError
 from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say
-from eulerforge.training.checkpoint import (
-    TrainState,
-    delete_rotated,
-    fits,
-    latest_complete,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from eulerforge.training.checkpoint import fits, load_checkpoint, save_checkpoint
 from eulerforge.training.identity import BASE, HELD_OUT, accept_changes, derived_keys, shown
+from eulerforge.training.manifest import TrainState, read_state
+from eulerforge.training.rotation import delete_rotated, latest_complete
 
 
 class Saves:

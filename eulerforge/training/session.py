@@ -17,11 +17,11 @@ from eulerforge.training import outdir
 from eulerforge.training.assemble import Run, Say, assemble, refuse_many_processes
 from eulerforge.training.basehash import BaseHash
 from eulerforge.training.blame import plugin_blamed
-from eulerforge.training.checkpoint import TrainState
 from eulerforge.training.debug import trainable_lines
 from eulerforge.training.final import refuse_no_room, save_final
 from eulerforge.training.identity import identity, shown, soft_changes
 from eulerforge.training.loop import train_loop
+from eulerforge.training.manifest import TrainState
 from eulerforge.training.measured import answers, measure
 from eulerforge.training.memory import out_of_memory_advice
 from eulerforge.training.metrics import MetricsLog
@@ -66,6 +66,8 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
         if options.resume and outdir.is_finished_and_whole(out, say, loaded.run.training):
             say(f"{out} is finished: nothing is left to train")
             return _finished_summary(out, say)
+        if options.resume:
+            outdir.refuse_foreign(out, damaged_may_go=True)
         outdir.sweep(out, say)
         if options.resume and not outdir.is_used(out):
             say(f"warning: {out} holds no run to resume: a new one starts at step 0 (is that folder the one you mean?)")
@@ -205,6 +207,11 @@ class _Session:
         else:
             if self.options.overwrite and outdir.is_used(self.out):
                 outdir.clear(self.out)
+                for folder in outdir.exports_in(self.out):
+                    self.say(
+                        f"warning: {folder} stays, and is an export of the run that was overwritten:"
+                        " export anew with --overwrite, or delete it"
+                    )
             receipt = make_receipt(self.run, self.registry, weights, self.state.run_id)
         # the configuration first: it is what makes the folder a run
         # with the day that its rows were rendered with

@@ -14,7 +14,7 @@ from eulerforge.training.prompts import Sample
 
 if TYPE_CHECKING:
     from eulerforge.training.assemble import Run
-    from eulerforge.training.checkpoint import TrainState
+    from eulerforge.training.manifest import TrainState
 
 
 def make_summary(run: Run, state: TrainState, after: dict[str, Any]) -> dict[str, Any]:

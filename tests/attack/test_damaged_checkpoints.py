@@ -11,7 +11,7 @@ import pytest
 import tinyrun
 
 from eulerforge.cli.main import main
-from eulerforge.training.checkpoint import latest_complete
+from eulerforge.training.rotation import latest_complete
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 Shown = pytest.CaptureFixture[str]

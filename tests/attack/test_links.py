@@ -12,7 +12,8 @@ import tinyrun
 
 from eulerforge.cli.main import main
 from eulerforge.config.atomic import remove_leftovers
-from eulerforge.training.checkpoint import TrainState, delete_rotated
+from eulerforge.training.manifest import TrainState
+from eulerforge.training.rotation import delete_rotated
 
 Shown = pytest.CaptureFixture[str]
 PRECIOUS = "precious"

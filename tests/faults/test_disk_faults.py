@@ -14,8 +14,10 @@ import torch
 
 from eulerforge.cli.main import main
 from eulerforge.errors import RunError
-from eulerforge.training.checkpoint import TrainState, latest_complete, save_checkpoint, verify
+from eulerforge.training.checkpoint import save_checkpoint
+from eulerforge.training.manifest import TrainState, verify
 from eulerforge.training.optimizer import make_optimizer
+from eulerforge.training.rotation import latest_complete
 
 
 class Saved:

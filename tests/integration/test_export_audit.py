@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eulerforge.cli.main import main
-from eulerforge.training.checkpoint import verify
+from eulerforge.training.manifest import verify
 
 LAYER = "model.layers.1.mlp.up_proj"
 

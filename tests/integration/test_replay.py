@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from eulerforge.cli.main import main
 from eulerforge.config.atomic import sha256_of
-from eulerforge.training.checkpoint import MANIFEST_FILE
+from eulerforge.training.manifest import MANIFEST_FILE
 from eulerforge.training.replay import _last_change
 
 SETTINGS: dict[str, Any] = {

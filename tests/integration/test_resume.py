@@ -227,6 +227,18 @@ def test_a_folder_without_a_run_starts_anew_and_is_named(
     assert shown.index(warning) < shown.index("parameters"), "before anything is loaded"
 
 
+def test_a_checkpoint_that_no_run_wrote_is_never_written_over(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = interrupted(straight, tmp_path / "run", 3)
+    (out / "checkpoint-5").mkdir()
+    (out / "checkpoint-5" / "trainer_state.json").write_text("mine")
+    capsys.readouterr()
+    assert resume(straight, out) == 2
+    assert "checkpoint-5 has no manifest.json, so no run wrote it whole" in capsys.readouterr().err
+    assert (out / "checkpoint-5" / "trainer_state.json").read_text() == "mine"
+
+
 def test_a_changed_base_is_refused(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import tiny
 

@@ -18,7 +18,7 @@ import tinyrun
 
 from eulerforge.cli.main import main
 from eulerforge.training import loop, measured, saves
-from eulerforge.training.checkpoint import read_state, verify
+from eulerforge.training.manifest import read_state, verify
 
 SETTINGS: dict[str, Any] = {
     "data__validation__size": 6,

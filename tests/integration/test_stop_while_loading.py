@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tinyrun
 
 from eulerforge.cli.main import AGAIN, main
-from eulerforge.export import merged
-from eulerforge.training import assemble, session
+from eulerforge.config.atomic import staged_folder
+from eulerforge.export import merged, rundir
+from eulerforge.training import assemble, diskroom, session
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 SHORT: dict[str, Any] = {"training__max_train_steps": 1, "training__threads": 1}
@@ -28,6 +30,15 @@ class Watch:
 sys.meta_path.insert(0, Watch())
 from eulerforge.cli.main import entry
 entry()
+"""
+
+
+KILLED = """
+import os, signal, sys
+from eulerforge.cli.main import main
+from eulerforge.export import merged
+merged.verify_loads = lambda staging, **_: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
 """
 
 
@@ -137,3 +148,68 @@ def test_a_merge_that_is_stopped_leaves_nothing_half_written(
     assert capsys.readouterr().err.splitlines()[-2:] == ["error: stopped by SIGTERM", f"hint: {AGAIN}"]
     assert staged, "it had begun to write"
     assert list(target.parent.iterdir()) == []
+
+
+def test_a_merge_that_is_killed_is_swept_by_the_next_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(words(folder, out)) == 0
+    before = {path.name for path in out.iterdir()}
+    assert subprocess.run([sys.executable, "-c", KILLED, "merge", str(out)], check=False).returncode == -signal.SIGKILL
+    (left,) = out.glob(".staging-merged-*[!k]")
+    assert any(left.glob("*.safetensors"))
+    capsys.readouterr()
+    assert main(["merge", str(out)]) == 0
+    assert f"removed {left}, which an interrupted export left" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == before | {"merged"}
+
+
+def test_a_run_leaves_the_folder_of_a_merge_that_is_alive(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(words(folder, out)) == 0
+    with staged_folder(out / "merged") as staging:
+        (staging / "model.safetensors").write_bytes(b"half")
+        assert main([*words(folder, out), "--overwrite"]) == 0
+        assert (staging / "model.safetensors").read_bytes() == b"half"
+    assert "removed" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "more"), [("merge", []), ("export", ["--format", "peft"])])
+def test_a_disk_without_room_is_known_before_the_base_is_loaded(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    more: list[str],
+) -> None:
+    out, target = tmp_path / "run", tmp_path / "exports" / "model"
+    assert main(words(folder, out)) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(rundir, "load_model", None)
+    monkeypatch.setattr(diskroom.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    assert main([command, str(out), *more, "--output", str(target)]) == 1
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith(f"error: {target} was not written: ")
+    assert error.endswith("(4,096 bytes) are free")
+    assert hint.startswith("hint: make room there, or take a folder on another disk with --output")
+    assert not target.parent.exists()
+
+
+def test_an_overwritten_run_s_exports_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(words(folder, out)) == 0
+    assert main(["merge", str(out)]) == 0
+    before = {path: path.read_bytes() for path in (out / "merged").iterdir()}
+    capsys.readouterr()
+    assert main([*words(folder, out), "--overwrite"]) == 0
+    warning = f"warning: {out / 'merged'} stays, and is an export of the run that was overwritten"
+    assert capsys.readouterr().err.count(warning) == 1
+    assert {path: path.read_bytes() for path in (out / "merged").iterdir()} == before
+    assert main(["merge", str(out)]) == 2
+    assert main(["merge", str(out), "--overwrite"]) == 0

@@ -20,7 +20,7 @@ from eulerforge.lora.state import adapter_state
 from eulerforge.lora.wrap import adapted_modules, wrap_linear
 from eulerforge.models.source import BaseSource
 from eulerforge.plugins import load_registry
-from eulerforge.training.checkpoint import TrainState
+from eulerforge.training.manifest import TrainState
 from eulerforge.training.receipt import base_weights
 
 REGISTRY = load_registry()

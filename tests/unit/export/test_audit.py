@@ -18,8 +18,9 @@ from eulerforge.errors import RunError
 from eulerforge.export import merged
 from eulerforge.export.audit import ExportAudit, LayerAudit, LogitsAudit
 from eulerforge.export.basefiles import read_base_files
+from eulerforge.export.destination import RECEIPT
 from eulerforge.export.measure import audit_changes, compare_logits
-from eulerforge.export.merged import RECEIPT, changes_of, write_merged
+from eulerforge.export.merged import changes_of, write_merged
 from eulerforge.export.peft_adapter import write_peft
 from eulerforge.export.rundir import TrainedRun
 from eulerforge.lora.experts import LoRAExperts

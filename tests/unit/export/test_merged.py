@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from eulerforge.errors import ModelError, RunError, UsageError
 from eulerforge.export import merged as module_under_test
-from eulerforge.export.merged import RECEIPT, Change, refuse_existing, write_merged
+from eulerforge.export.destination import RECEIPT, refuse_existing
+from eulerforge.export.merged import Change, write_merged
 from eulerforge.export.rundir import TrainedRun
 from eulerforge.lora.wrap import adapted_modules
 

@@ -10,7 +10,8 @@ import torch
 from eulerforge.api import InjectionReport
 from eulerforge.errors import CheckpointError
 from eulerforge.export.rundir import locate, unwrapped_name
-from eulerforge.training.checkpoint import ADAPTER_FILE, TrainState, write_manifest, write_state
+from eulerforge.training.checkpoint import ADAPTER_FILE
+from eulerforge.training.manifest import TrainState, write_manifest, write_state
 from eulerforge.training.outdir import CONFIG_FILE
 
 REPORT = InjectionReport(strategy="dense_lora", layers=(0,), depth=1, sites=())
@@ -47,7 +48,7 @@ def test_a_step_means_its_checkpoint(run: Path) -> None:
     assert locate(run, 4).checkpoint == run / "checkpoint-4"
     with pytest.raises(CheckpointError) as caught:
         locate(run, 5)
-    assert "checkpoint-10, checkpoint-2, checkpoint-4" in str(caught.value.problems[0].hint)
+    assert "checkpoint-2, checkpoint-4, checkpoint-10" in str(caught.value.problems[0].hint)
 
 
 @pytest.mark.parametrize(("name", "step"), [("final", 12), ("checkpoint-4", 4)])

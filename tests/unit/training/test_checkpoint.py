@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 
 from eulerforge.errors import CheckpointError, RunError
 from eulerforge.training import checkpoint as room
-from eulerforge.training.checkpoint import TrainState, latest_complete, load_checkpoint, save_checkpoint, verify
+from eulerforge.training import diskroom
+from eulerforge.training.checkpoint import load_checkpoint, save_checkpoint
+from eulerforge.training.manifest import TrainState, verify
 from eulerforge.training.optimizer import make_optimizer
+from eulerforge.training.rotation import latest_complete
 
 
 class Saved:
@@ -246,13 +249,13 @@ def test_a_disk_that_is_too_full_is_known_before_anything_is_written(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path: path.read_bytes() for path in saved.save(1).iterdir()}
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    monkeypatch.setattr(diskroom.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
     monkeypatch.setattr(room, "write_file", None)
     with pytest.raises(RunError) as failed:
         saved.save(2)
     tensors = sum(path.stat().st_size for path in before if path.suffix == ".safetensors")
     needed = int(re.search(r"\(([\d,]+) bytes\) are needed", str(failed.value))[1].replace(",", ""))  # type: ignore[index]
-    assert tensors < needed < tensors + 2 * room.SLACK_BYTES
+    assert tensors < needed < tensors + 2 * diskroom.SLACK_BYTES
     assert "(4,096 bytes) are free" in str(failed.value)
     assert {path: path.read_bytes() for path in before} == before
     assert names(saved.out) == ["checkpoint-1"]

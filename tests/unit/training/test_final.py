@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from eulerforge.errors import RunError
-from eulerforge.training import checkpoint
+from eulerforge.training import diskroom
 from eulerforge.training import final as room
-from eulerforge.training.checkpoint import TrainState, verify
 from eulerforge.training.final import refuse_no_room, save_final
+from eulerforge.training.manifest import TrainState, verify
 
 FULL = "model_with_adapters.safetensors"
 
@@ -92,8 +92,8 @@ def test_a_final_that_will_not_fit_is_known_before_the_run_trains(
 ) -> None:
     run = make_run()
     needed = sum(file.stat().st_size for file in save(run, include_base=include_base).glob("*.safetensors"))
-    for free, fits in ((needed + 2 * checkpoint.SLACK_BYTES, True), (needed - 4096, False)):
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+    for free, fits in ((needed + 2 * diskroom.SLACK_BYTES, True), (needed - 4096, False)):
+        monkeypatch.setattr(diskroom.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         ask = partial(refuse_no_room, run.out, run.model, run.phases.trained_names, include_base=include_base)
         if fits:
             ask()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import attrs
 import pytest
 
+from eulerforge.config.atomic import staged_folder
 from eulerforge.config.schema import DataConfig, ModelConfig, RunConfig, ValidationConfig
 from eulerforge.errors import RunError, UsageError
-from eulerforge.models.source import BaseSource
+from eulerforge.models.source import EXPORT_FILE, BaseSource
 from eulerforge.training import outdir
 
 
@@ -96,6 +98,34 @@ def test_clear_takes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-9", "notes.txt"]
 
 
+def test_a_checkpoint_that_was_kept_under_another_name_is_no_run_s(tmp_path: Path) -> None:
+    out = run_in(tmp_path / "run")
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-best")
+    before = outdir.own_bytes(out)
+    (out / "checkpoint-best" / "adapter.safetensors").write_bytes(b"x" * 1000)
+    assert outdir.own_bytes(out) == before
+    outdir.clear(out)
+    assert [path.name for path in out.iterdir()] == ["checkpoint-best"]
+    outdir.check_free(out, resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-4", "final"])
+def test_a_resume_refuses_it_too_but_writes_a_damaged_one_anew(tmp_path: Path, name: str) -> None:
+    out = run_in(tmp_path)
+    (out / name).mkdir()
+    for ours in ("state.json", "adapter.safetensors", "model_with_adapters-00001-of-00002.safetensors"):
+        outdir.refuse_foreign(out, damaged_may_go=True)
+        (out / name / ours).write_text("")
+    outdir.refuse_foreign(out, damaged_may_go=True)
+    (out / name / "adapter.safetensors.old").write_text("mine")
+    with pytest.raises(UsageError, match=rf"{name} has no manifest.json"):
+        outdir.refuse_foreign(out, damaged_may_go=True)
+    shutil.rmtree(out / name)
+    (out / name).write_text("a file")
+    with pytest.raises(UsageError, match=rf"{name} has no manifest.json"):
+        outdir.refuse_foreign(out, damaged_may_go=True)
+
+
 @pytest.mark.parametrize("name", ["checkpoint-4", "final"])
 def test_overwrite_refuses_a_folder_that_no_run_wrote(tmp_path: Path, name: str) -> None:
     out = run_in(tmp_path)
@@ -118,10 +148,28 @@ def test_sweep_says_what_it_removes(tmp_path: Path) -> None:
     assert ".staging-checkpoint-3-x" in said[0]
 
 
+def test_sweep_leaves_what_a_live_merge_writes(tmp_path: Path) -> None:
+    said: list[str] = []
+    with staged_folder(tmp_path / "merged") as staging:
+        outdir.sweep(tmp_path, said.append)
+        assert staging.is_dir()
+    assert said == []
+
+
+def test_exports_in_the_folder_are_known(tmp_path: Path) -> None:
+    for name in ("merged", "adapter", "notes", ".staging-merged-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("a.txt" if name == "notes" else EXPORT_FILE)).write_text("{}")
+    assert outdir.exports_in(tmp_path) == [tmp_path / "adapter", tmp_path / "merged"]
+
+
 def test_what_clearing_would_free_is_counted(tmp_path: Path) -> None:
     out = run_in(tmp_path / "run", finished=True)
     (out / outdir.FINAL / "adapter.safetensors").write_bytes(b"x" * 1000)
     (out / "notes.txt").write_bytes(b"x" * 5000)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / outdir.MANIFEST_FILE).write_bytes(b"x" * 3000)
+    (out / "checkpoint-7").symlink_to(tmp_path / "elsewhere")  # of which only the link goes
     assert outdir.own_bytes(out) == 1000 + 2 * len("{}")
     assert outdir.own_bytes(tmp_path / "absent") == 0
 

@@ -11,7 +11,7 @@ import pytest
 
 from eulerforge.cli.main import command_parser
 from eulerforge.terminal import strict
-from eulerforge.training.checkpoint import TrainState
+from eulerforge.training.manifest import TrainState
 from eulerforge.training.summary import make_summary, summary_lines
 
 BEFORE = {"held_out_loss": 4.0, "samples": [{"prompt": "Why?", "answer": "dunno", "reference": "Law."}]}
