@@ -63,12 +63,12 @@ def run_training(loaded: Any, registry: Registry, out: Path, options: SessionOpt
     refuse_many_processes()
     outdir.check_free(out, resume=options.resume, overwrite=options.overwrite)
     with outdir.locked(out):
+        outdir.sweep(out, say)
         if options.resume and outdir.is_finished_and_whole(out, say, loaded.run.training):
             say(f"{out} is finished: nothing is left to train")
             return _finished_summary(out, say)
         if options.resume:
             outdir.refuse_foreign(out, damaged_may_go=True)
-        outdir.sweep(out, say)
         if options.resume and not outdir.is_used(out):
             say(f"warning: {out} holds no run to resume: a new one starts at step 0 (is that folder the one you mean?)")
         with out_of_memory_advice(loaded.run) as shortage:

@@ -50,7 +50,8 @@ def test_killed_at_every_operation_of_three_saves(prepared: Path, settings: dict
     kinds = {operation.split()[0] for operation in operations}
     assert kinds == {"mkdir", "write", "fsync", "rename", "replace", "exchange", "unlink", "rmdir"}
     assert [f"rename checkpoint-{step}" in operations for step in (1, 2, 3)] == [True] * 3
-    assert operations[-2:] == ["rename final", "fsync ."]
+    assert operations[-3:-1] == ["rename final", "fsync ."]
+    assert operations[-1].startswith("unlink .staging-final-")  # the lock beside the staging folder
     assert len(results) == len(operations) > 100
     assert_none_lost(results)
 
