@@ -26,8 +26,8 @@ class Holes:
     of_a_layer: int
 
 
-HOLES = Holes(0.3, 1.8, 0.8, 0)
-HOLES_BETWEEN_PAGES = Holes(0.2, 0.8, 0.3, 10 << 20)
+HOLES = Holes(0.4, 1.9, 0.9, 0)
+HOLES_BETWEEN_PAGES = Holes(0.45, 0.75, 0.15, 11 << 20)
 
 
 def heap_bytes(kept: int, step: StepPeak, layers: int) -> int:
