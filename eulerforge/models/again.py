@@ -40,7 +40,11 @@ class Recipe:
 
     maker: Maker
     ingredients: tuple[torch.Tensor, ...]
-    version: int
+    _versions: tuple[int, ...]
+
+    def holds(self, y: torch.Tensor) -> bool:
+        """Whether ``y`` and what it was made of are as they were; what is written through ``.data`` is not seen."""
+        return self._versions == _versions(y, *self.ingredients)
 
     def taken(self) -> Maker:
         """For who saves the ingredients."""
@@ -55,12 +59,16 @@ def can_be_made_again(y: torch.Tensor, make: Callable[..., torch.Tensor], *ingre
         make: gives ``y``'s bits; it must hold no tensor that the ingredients could be.
     """
     if y.requires_grad:
-        recipe = Recipe(Maker(make), tuple(tensor.detach() for tensor in ingredients), y._version)
-        setattr(y, _NAME, recipe)
+        parts = tuple(tensor.detach() for tensor in ingredients)
+        setattr(y, _NAME, Recipe(Maker(make), parts, _versions(y, *parts)))
     return y
 
 
 def recipe_of(y: torch.Tensor) -> Recipe | None:
-    """The recipe of ``y``; None if it has none, or was changed in place since."""
+    """The recipe of ``y``; None if it has none, or one that holds no more."""
     recipe: Recipe | None = getattr(y, _NAME, None)
-    return recipe if recipe is not None and recipe.version == y._version else None
+    return recipe if recipe is not None and recipe.holds(y) else None
+
+
+def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)

@@ -51,9 +51,9 @@ _ACTIVATIONS = (
 def lean_mlps(model: nn.Module) -> Replaced:
     """Let every gated MLP of the model that proves to be one keep less."""
 
-    def forward_for(module: nn.Module) -> Callable[..., Any] | None:
+    def forward_for(module: Any) -> Callable[..., Any] | None:
         activation = _prove(module)
-        return _forward(activation) if activation is not None else None
+        return _forward(type(module.act_fn), activation) if activation is not None else None
 
     return replace_forwards(model, _looks_like_one, forward_for, "gated MLPs: {} keep two of four tensors")
 
@@ -64,36 +64,52 @@ def _looks_like_one(module: nn.Module) -> bool:
 
 def _prove(module: nn.Module) -> _Activation | None:
     """The activation with which ``_Gated`` computes what the module's class does; None without one."""
-    if list(module.act_fn.parameters()):  # type: ignore[union-attr]
+    act_fn: Any = module.act_fn
+    if list(act_fn.parameters()) or _hooked(act_fn):
         return None
     precisions = (torch.float32, torch.bfloat16)
     return next((one for one in _ACTIVATIONS if all(_same(module, one, dtype) for dtype in precisions)), None)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody watches or changes what the module is given or gives."""
+    return any(
+        one._forward_hooks or one._forward_pre_hooks or one._backward_hooks or one._backward_pre_hooks
+        for one in module.modules()
+    )
 
 
 @torch.no_grad()
 def _same(module: nn.Module, activation: _Activation, dtype: torch.dtype) -> bool:
     twin: Any = copy.copy(module)
     # narrow layers in the places of its own, so that no weight of the model is read
-    twin._modules = {**module._modules}
+    twin._modules = {name: copy.deepcopy(part) for name, part in module._modules.items() if name not in _PARTS}
     generator = torch.Generator().manual_seed(0)
     for name, (into, out) in zip(_PARTS, ((8, 24), (8, 24), (24, 8)), strict=True):
         linear = nn.Linear(into, out, bias=False, device="meta")
         linear.weight = nn.Parameter(torch.randn(out, into, generator=generator).to(dtype), requires_grad=False)
         twin._modules[name] = linear
+    twin.train()  # a dropout shows: what it keeps is larger
     x = torch.randn(2, 5, 8, generator=generator).to(dtype)
     try:
-        own = type(twin).forward(twin, x)
+        with torch.random.fork_rng(devices=[]):
+            own = type(twin).forward(twin, x)
     except Exception:  # noqa: BLE001 - it takes more, or uses its parts otherwise; code of the model's own may raise any
+        return False
+    if not isinstance(own, torch.Tensor) or own.dtype != dtype:
         return False
     return torch.equal(own, twin.down_proj(_product(twin.gate_proj(x), twin.up_proj(x), activation)))
 
 
-def _forward(activation: _Activation) -> Callable[..., Any]:
+def _forward(kind: type[nn.Module], activation: _Activation) -> Callable[..., Any]:
     def forward(self: Any, x: torch.Tensor) -> Any:
-        amp = torch.is_autocast_enabled(x.device.type)
-        if not torch.is_grad_enabled() or amp or torch.compiler.is_compiling():  # the compiler fuses by itself
+        own = not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        # the compiler fuses by itself; and whoever changes the activation later is right
+        if own or torch.compiler.is_compiling() or type(self.act_fn) is not kind or _hooked(self.act_fn):
             return type(self).forward(self, x)
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.dtype != up.dtype or gate.shape != up.shape:
+            return self.down_proj(self.act_fn(gate) * up)
         again = _Again(activation)
         y = _Gated.apply(gate, up, again)
         return self.down_proj(can_be_made_again(y, again.product, gate, up))

@@ -41,6 +41,15 @@ def test_a_result_that_was_changed_in_place_has_no_recipe() -> None:
     assert recipe_of(y) is None
 
 
+def test_a_result_whose_ingredient_was_changed_in_place_has_none() -> None:
+    x = torch.ones(3, requires_grad=True) * 1
+    y = can_be_made_again(x * 2, torch.add, x, x)
+    assert recipe_of(y) is not None
+    with torch.no_grad():
+        x.mul_(3)
+    assert recipe_of(y) is None
+
+
 def test_what_wants_no_gradient_has_none() -> None:
     with torch.inference_mode():
         y = can_be_made_again(torch.ones(3) * 2, torch.add, torch.ones(3), torch.ones(3))

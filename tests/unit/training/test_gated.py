@@ -45,6 +45,23 @@ class Wide(MLP):
         raise KeyError(x.shape[-1])
 
 
+class DropsOut(MLP):
+    """As Seed-OSS has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(x), p=0.01, training=self.training)
+
+
+class Pair(MLP):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), None
+
+
+class Upcast(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).float()
+
+
 def adapted(mlp: Any, dropout: float = 0.0) -> Any:
     generator = torch.Generator().manual_seed(1)
     for name in ("gate_proj", "up_proj", "down_proj"):
@@ -165,6 +182,45 @@ def test_what_only_looks_like_one_is_left_and_named() -> None:
     assert lean_mlps(model).line() == (
         "gated MLPs: 1 keep two of four tensors; left as they are: 2 Clamped, 1 MLP, 1 Wide"
     )
+
+
+@pytest.mark.parametrize("kind", [DropsOut, Pair, Upcast])
+def test_one_that_does_more_than_the_product_is_left(kind: Any) -> None:
+    module = kind().eval()
+    before = torch.get_rng_state()
+    assert lean_mlps(module).count == 0
+    assert not module.training
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_hooks_on_the_activation_run_whenever_they_were_set() -> None:
+    seen: list[int] = []
+    hooked, later = MLP(), MLP()
+    hooked.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    assert lean_mlps(hooked).count == 0
+    assert lean_mlps(later).count == 1
+    later.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    later(torch.randn(2, WIDTH))
+    assert seen == [1]
+
+
+def test_an_activation_that_was_replaced_is_the_one_that_computes() -> None:
+    mlp, x = frozen_base(adapted(MLP())), torch.randn(5, WIDTH)
+    lean_mlps(mlp)
+    mlp.act_fn = nn.Identity()
+    wanted = mlp.down_proj(mlp.gate_proj(x) * mlp.up_proj(x))
+    assert torch.equal(mlp(x), wanted)
+
+
+def test_gate_and_up_of_two_precisions_train_as_they_did() -> None:
+    plain = frozen_base(adapted(MLP()))
+    plain.up_proj.register_forward_hook(lambda _module, _given, y: y.double())
+    plain.down_proj.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+    lean = copy.deepcopy(plain)
+    lean_mlps(lean)
+    x = torch.randn(5, WIDTH)
+    for found, wanted in zip(value_and_gradients(lean, x), value_and_gradients(plain, x), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_an_evaluation_and_a_trained_base_take_the_layers_as_they_are() -> None:
