@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import attrs
@@ -82,15 +83,10 @@ def _hooked(module: nn.Module) -> bool:
 @torch.no_grad()
 def _same(module: nn.Module, activation: _Activation, dtype: torch.dtype) -> bool:
     twin: Any = copy.copy(module)
-    # narrow layers in the places of its own, so that no weight of the model is read
-    twin._modules = {name: copy.deepcopy(part) for name, part in module._modules.items() if name not in _PARTS}
-    generator = torch.Generator().manual_seed(0)
-    for name, (into, out) in zip(_PARTS, ((8, 24), (8, 24), (24, 8)), strict=True):
-        linear = nn.Linear(into, out, bias=False, device="meta")
-        linear.weight = nn.Parameter(torch.randn(out, into, generator=generator).to(dtype), requires_grad=False)
-        twin._modules[name] = linear
+    parts, x = _narrow(dtype)
+    others = {name: copy.deepcopy(part) for name, part in module._modules.items() if name not in parts}
+    twin._modules = {**parts, **others}
     twin.train()  # a dropout shows: what it keeps is larger
-    x = torch.randn(2, 5, 8, generator=generator).to(dtype)
     try:
         with torch.random.fork_rng(devices=[]):
             own = type(twin).forward(twin, x)
@@ -99,6 +95,17 @@ def _same(module: nn.Module, activation: _Activation, dtype: torch.dtype) -> boo
     if not isinstance(own, torch.Tensor) or own.dtype != dtype:
         return False
     return torch.equal(own, twin.down_proj(_product(twin.gate_proj(x), twin.up_proj(x), activation)))
+
+
+@cache
+def _narrow(dtype: torch.dtype) -> tuple[dict[str, nn.Module], torch.Tensor]:
+    """Layers in the places of an MLP's own, so that no weight of the model is read, and rows for them."""
+    generator = torch.Generator().manual_seed(0)
+    parts: dict[str, nn.Module] = {}
+    for name, (into, out) in zip(_PARTS, ((8, 24), (8, 24), (24, 8)), strict=True):
+        parts[name] = linear = nn.Linear(into, out, bias=False, device="meta")
+        linear.weight = nn.Parameter(torch.randn(out, into, generator=generator).to(dtype), requires_grad=False)
+    return parts, torch.randn(2, 5, 8, generator=generator).to(dtype)
 
 
 def _forward(kind: type[nn.Module], activation: _Activation) -> Callable[..., Any]:
