@@ -63,21 +63,17 @@ def peft(model: Any, dropout: float, fp32_adapters: bool) -> Any:
 
 def bytes_kept(model: Any, amp: bool) -> float:
     """Per token and layer."""
+    from eulerforge.training.memory import KeptForBackward
+
     ids = torch.randint(0, WORDS, (1, TOKENS))
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
     model.train()
     model.model(input_ids=ids, use_cache=False)  # weights find their places
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    counter = KeptForBackward(model)
     context: Any = torch.autocast("cpu", torch.bfloat16) if amp else contextlib.nullcontext()
-    with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with context, counter.hooks():
         states = model.model(input_ids=ids, use_cache=False).last_hidden_state
     assert states.requires_grad
-    return sum(one.nbytes() for place, one in kept.items() if place not in weights) / (TOKENS * LAYERS)
+    return counter.bytes / (TOKENS * LAYERS)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from eulerforge.lora.adapted import AdaptedLinear
 from eulerforge.lora.product import aligned_empty, augmented, low_rank
+from eulerforge.models.hooks import is_hooked
 
 
 class LoRALinear(AdaptedLinear):
@@ -86,10 +87,9 @@ class LoRALinear(AdaptedLinear):
         plain = type(base).forward is nn.Linear.forward and x.dtype == weight.dtype and x.device.type != "meta"
         # on a card one more pass over the weight would cost more than the second product, which nobody has measured
         quantized = hasattr(base, "dequantize_into") and x.dtype == base.compute_dtype and x.device.type == "cpu"
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         amp = torch.is_autocast_enabled(x.device.type)
-        return (plain or quantized) and "forward" not in vars(base) and not (hooked or trained or amp)
+        return (plain or quantized) and "forward" not in vars(base) and not (is_hooked(base) or trained or amp)
 
     def _joined_weight(self) -> torch.Tensor:
         """(out_features, in_features + r): the base weight, which lies here and nowhere else, and room for B."""

@@ -21,6 +21,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from eulerforge.models.again import can_be_made_again
+from eulerforge.models.hooks import is_hooked
 from eulerforge.training.replaced import Replaced, replace_forwards
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -73,11 +74,8 @@ def _prove(module: nn.Module) -> _Activation | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody watches or changes what the module is given or gives."""
-    return any(
-        one._forward_hooks or one._forward_pre_hooks or one._backward_hooks or one._backward_pre_hooks
-        for one in module.modules()
-    )
+    """Whether somebody watches or changes what the module is given or gives, or one below it."""
+    return any(map(is_hooked, module.modules()))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from eulerforge.data.packing import CPU_STEP
+from eulerforge.models.hooks import is_hooked
 from eulerforge.models.room import room
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -57,9 +58,8 @@ def is_plain(head: nn.Module, hidden_NH: torch.Tensor) -> bool:
     """Whether the head computes exactly ``hidden @ weight.T + bias``, in the precision of the hidden states."""
     if type(head).forward is not nn.Linear.forward or torch.is_autocast_enabled(hidden_NH.device.type):
         return False
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     replaced = "forward" in vars(head)
-    return not any(hooks) and not replaced and head.weight.dtype == hidden_NH.dtype  # type: ignore[union-attr]
+    return not is_hooked(head) and not replaced and head.weight.dtype == hidden_NH.dtype  # type: ignore[union-attr]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from eulerforge.lora.linear import LoRALinear
 from eulerforge.training.gated import lean_mlps
+from eulerforge.training.memory import KeptForBackward
 from eulerforge.training.norms import quicken_norms
 
 WIDTH, WIDE = 16, 48
@@ -85,6 +86,11 @@ def value_and_gradients(mlp: Any, x: torch.Tensor) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y.square().sum(), [x, *weights])]
 
 
+def assert_same_bits(lean: Any, plain: Any, x: torch.Tensor) -> None:
+    for found, wanted in zip(value_and_gradients(lean, x), value_and_gradients(plain, x), strict=True):
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu"])
@@ -93,8 +99,7 @@ def test_every_bit_is_autograds_own(activation: str, dtype: torch.dtype, dropout
     lean = copy.deepcopy(plain)
     assert lean_mlps(lean).count == 1
     x = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype)
-    for found, wanted in zip(value_and_gradients(lean, x), value_and_gradients(plain, x), strict=True):
-        assert torch.equal(found, wanted)
+    assert_same_bits(lean, plain, x)
 
 
 def test_the_gradients_are_the_float64_references() -> None:
@@ -119,17 +124,11 @@ def test_the_gradients_are_the_float64_references() -> None:
 def bytes_kept(module: Any, x: torch.Tensor) -> int:
     """Of what autograd keeps, without the weights."""
     module(x)  # joins the weights
-    weights = {tensor.untyped_storage().data_ptr() for tensor in module.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    counter = KeptForBackward(module)
+    with counter.hooks():
         y = module(x)
     assert y.requires_grad
-    return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+    return counter.bytes
 
 
 def test_two_wide_tensors_are_kept_where_there_were_four() -> None:
@@ -173,8 +172,7 @@ def test_a_result_that_a_hook_changes_in_place_is_kept_itself() -> None:
     lean = copy.deepcopy(plain)
     lean_mlps(lean)
     x = torch.randn(5, WIDTH)
-    for found, wanted in zip(value_and_gradients(lean, x), value_and_gradients(plain, x), strict=True):
-        assert torch.equal(found, wanted)
+    assert_same_bits(lean, plain, x)
 
 
 def test_what_only_looks_like_one_is_left_and_named() -> None:
@@ -219,8 +217,7 @@ def test_gate_and_up_of_two_precisions_train_as_they_did() -> None:
     lean = copy.deepcopy(plain)
     lean_mlps(lean)
     x = torch.randn(5, WIDTH)
-    for found, wanted in zip(value_and_gradients(lean, x), value_and_gradients(plain, x), strict=True):
-        assert torch.equal(found, wanted)
+    assert_same_bits(lean, plain, x)
 
 
 def test_an_evaluation_and_a_trained_base_take_the_layers_as_they_are() -> None:
@@ -228,8 +225,7 @@ def test_an_evaluation_and_a_trained_base_take_the_layers_as_they_are() -> None:
     lean = copy.deepcopy(plain)
     lean_mlps(lean)
     x = torch.randn(5, WIDTH)
-    for found, wanted in zip(value_and_gradients(lean, x), value_and_gradients(plain, x), strict=True):
-        assert torch.equal(found, wanted)
+    assert_same_bits(lean, plain, x)
     with torch.inference_mode():
         assert torch.equal(lean(x), plain(x))
 
