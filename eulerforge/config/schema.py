@@ -114,6 +114,11 @@ class DataConfig:
         help="flat: documents one after another, no padding; bins: lines of max_length; off: padded rows, sorted by "
         "length. No document is cut and none sees another; a backbone that cannot keep them apart is not packed",
     )
+    share_prefixes: bool = setting(
+        True,
+        help="Compute once per micro-batch what its rows begin with alike, such as a system prompt: the same loss and "
+        "gradient for less. With packing flat, on the CPU, where tokens meet in attention alone; elsewhere ignored",
+    )
     cache: bool = setting(True, help="Keep tokenized rows in the cache folder")
 
     def check(self) -> Iterable[Problem]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Batch:
     """B rows of T tokens: right-padded ones, or packed ones; ``tokens`` counts real tokens.
 
-    Packed rows have no attention mask; ``position_ids`` begins at 0 in each document, ``segments`` says where they lie.
+    Packed rows have no attention mask; ``position_ids`` begins at 0 in each row, ``segments`` says where documents lie.
     ``label_at`` (N,) are the flattened positions from which a label is predicted and ``next_labels`` (N,) those labels,
     known from the start, because a GPU would have to be waited for to find them among (B, T).
     """

@@ -18,8 +18,8 @@ import attrs
 import numpy as np
 import torch
 
-from eulerforge.data.batches import Batch, collate, next_labels
-from eulerforge.data.rows import IGNORED
+from eulerforge.data.batches import Batch, collate
+from eulerforge.data.prefixes import Sizes, documents_of, shared_prefixes
 from eulerforge.data.tokenized import TokenizedRows
 
 if TYPE_CHECKING:
@@ -41,16 +41,20 @@ CPU_STEP_FROM = 512
 class Segments:
     """Where the documents of a packed batch lie: one after another over its N flattened positions.
 
-    Every position belongs to a document; what fills up the end of a line counts as one.
+    Every position belongs to a document; what fills up the end of a line counts as one. ``after`` is empty, or says of
+    each document from which other one, by its number, it goes on; None where it begins anew.
     """
 
     lengths: tuple[int, ...]
     shape: tuple[int, int]
     device: torch.device
+    after: tuple[int | None, ...] = ()
 
     @cached_property
     def longest(self) -> int:
-        return max(self.lengths)
+        """Tokens of the longest document, those from which it goes on included."""
+        before = [0 if number is None else self.lengths[number] for number in self.after]
+        return max(map(sum, zip(self.lengths, before, strict=True))) if before else max(self.lengths)
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
@@ -94,7 +98,8 @@ class Layout:
 
     ``packing`` is flat, bins or off. ``token_budget`` limits a flat micro-batch; a longer document is one of its own.
     ``by_length`` is for models that compute parts of a flat batch padded (see ``training/isolation.py``): documents of
-    similar length go together, and the budget counts the padding.
+    similar length go together, and the budget counts the padding. With ``share_prefixes`` what rows of a flat
+    micro-batch begin with alike is there once (``data/prefixes.py``).
     """
 
     packing: str
@@ -103,6 +108,7 @@ class Layout:
     token_budget: int
     pad_id: int
     by_length: bool = False
+    share_prefixes: bool = False
 
     @classmethod
     def padded(cls, batch_size: int, pad_id: int) -> Layout:
@@ -123,15 +129,15 @@ class Layout:
         """A micro-batch as tensors on ``device``."""
         if self.packing == "off":
             return collate(rows, [index for line in lines for index in line], self.pad_id, device)
-        return pack(rows, lines, self.pad_id, device)
+        return pack(rows, lines, self.pad_id, device, share_prefixes=self.share_prefixes)
 
     def _flat(self, rows: TokenizedRows, indices: Sequence[int]) -> Lines:
         if self.by_length:
             return _similar_lengths(rows, indices, self.token_budget)
-        parts = first_fit(rows, indices, self.token_budget)
-        even = _evenly(rows, indices, len(parts))
-        fits = max(_tokens(rows, part) for part in even) <= max(_tokens(rows, part) for part in parts)
-        return even if fits else parts
+        sizes = Sizes(rows, shared_prefixes(rows, indices) if self.share_prefixes else {})
+        parts = first_fit(rows, indices, self.token_budget, sizes)
+        even = _evenly(rows, indices, len(parts), sizes)
+        return even if max(map(sizes.total, even)) <= max(map(sizes.total, parts)) else parts
 
     def most_positions(self, rows_per_step: int) -> int:
         """Positions of the largest micro-batch that can occur."""
@@ -149,30 +155,30 @@ def token_budget(config: RunConfig, device: torch.device, *, rows: int | None = 
     return min(whole, max(longest, CPU_TOKENS)) if device.type == "cpu" else whole
 
 
-def first_fit(rows: TokenizedRows, indices: Sequence[int], capacity: int) -> Lines:
+def first_fit(rows: TokenizedRows, indices: Sequence[int], capacity: int, sizes: Sizes | None = None) -> Lines:
     """Bins of at most ``capacity`` tokens, filled by first fit, longest first; a longer document gets its own bin."""
+    sizes = sizes or Sizes(rows, {})
     bins: Lines = []
     room: list[int] = []
     for index in _longest_first(rows, indices):
-        length = _length(rows, index)
-        at = next((at for at, left in enumerate(room) if left >= length), None)
+        at = next((at for at, left in enumerate(room) if left >= sizes.of(index, bins[at])), None)
         if at is None:
             bins.append([index])
-            room.append(capacity - length)
+            room.append(capacity - sizes.of(index))
         else:
+            room[at] -= sizes.of(index, bins[at])
             bins[at].append(index)
-            room[at] -= length
     return bins
 
 
-def _evenly(rows: TokenizedRows, indices: Sequence[int], count: int) -> Lines:
+def _evenly(rows: TokenizedRows, indices: Sequence[int], count: int, sizes: Sizes) -> Lines:
     """``count`` parts of nearly equal tokens: the longest document left goes to the emptiest part."""
     parts: Lines = [[] for _ in range(count)]
     filled = [0] * count
     for index in _longest_first(rows, indices):
         at = filled.index(min(filled))
+        filled[at] += sizes.of(index, parts[at])
         parts[at].append(index)
-        filled[at] += _length(rows, index)
     return parts
 
 
@@ -195,45 +201,52 @@ def _length(rows: TokenizedRows, index: int) -> int:
     return int(rows.lengths[index])
 
 
-def _tokens(rows: TokenizedRows, part: Sequence[int]) -> int:
-    return sum(_length(rows, index) for index in part)
-
-
-def pack(rows: TokenizedRows, lines: Lines, pad_id: int, device: torch.device | str) -> Batch:
-    """Documents one after another in each line, (L, W); positions begin at 0 in each, its first token is no label."""
-    width = max(_tokens(rows, line) for line in lines)
+def pack(
+    rows: TokenizedRows, lines: Lines, pad_id: int, device: torch.device | str, *, share_prefixes: bool = False
+) -> Batch:
+    """Rows one after another in each line, (L, W); positions begin at 0 in each, its first token is no label."""
+    of_lines = [documents_of(rows, line, share=share_prefixes) for line in lines]
+    width = max(sum(map(len, documents)) for documents in of_lines)
     if torch.device(device).type == "cpu" and width >= CPU_STEP_FROM:
         width += -width % CPU_STEP
     shape = (len(lines), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     lengths: list[int] = []
+    after: list[int | None] = []
+    label_at, next_labels = [], []
     tokens = 0
-    for at, line in enumerate(lines):
-        place = 0
-        for index in line:
-            ids, labelled = rows.row(index)
-            end = place + len(ids)
-            input_ids[at, place:end] = ids
-            labels[at, place:end] = np.where(labelled != 0, ids.astype(np.int64), IGNORED)
-            labels[at, place] = IGNORED
-            position_ids[at, place:end] = np.arange(len(ids))
-            lengths.append(len(ids))
+    for at, documents in enumerate(of_lines):
+        number, place = len(lengths), 0
+        places: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []  # where in the batch each document's tokens are
+        for document in documents:
+            ids, labelled = rows.row(document.row)
+            end = place + len(document)
+            input_ids[at, place:end] = ids[document.first : document.last]
+            position_ids[at, place:end] = np.arange(document.first, document.last)
+            places.append(np.arange(at * width + place, at * width + end))
+            lengths.append(len(document))
+            after.append(None if document.after is None else number + document.after)
             place = end
-        tokens += place
+            if document.last == len(ids):  # the end of its row
+                before = [places[document.after]] if document.after is not None else []
+                is_label = labelled[1:] != 0
+                label_at.append(np.concatenate([*before, places[-1]])[:-1][is_label])
+                next_labels.append(ids[1:][is_label].astype(np.int64))
+                tokens += len(ids)
         if place < width:
             position_ids[at, place:] = np.arange(width - place)
             lengths.append(width - place)
-    segments = Segments(lengths=tuple(lengths), shape=shape, device=torch.device(device))
+            after.append(None)
+    goes_on = tuple(after) if any(one is not None for one in after) else ()
+    segments = Segments(lengths=tuple(lengths), shape=shape, device=torch.device(device), after=goes_on)
     if segments.device.type != "cpu":
         segments.cu_seqlens  # noqa: B018 - now; in the first layer it would wait for what the device does
-    label_at, next_label = next_labels(labels, device)
     return Batch(
         input_ids=torch.from_numpy(input_ids).to(device),
         attention_mask=None,
-        label_at=label_at,
-        next_labels=next_label,
+        label_at=torch.from_numpy(np.concatenate(label_at)).to(device),
+        next_labels=torch.from_numpy(np.concatenate(next_labels)).to(device),
         tokens=tokens,
         position_ids=torch.from_numpy(position_ids).to(device),
         segments=segments,

@@ -31,7 +31,7 @@ from eulerforge.training.estimated import Estimated, NoEstimate, from_config, fr
 from eulerforge.training.gated import lean_mlps
 from eulerforge.training.headcheck import check_head
 from eulerforge.training.isolation import Isolation
-from eulerforge.training.layouts import plan_layout
+from eulerforge.training.layouts import plan_layout, shared_line
 from eulerforge.training.limits import Room
 from eulerforge.training.memory import Shortage, refuse_beyond_memory
 from eulerforge.training.norms import quicken_norms
@@ -73,6 +73,11 @@ class Run:
     prefix: FrozenPrefix | None = None
     estimated: Estimated | NoEstimate | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def packing_facts(self) -> dict[str, Any]:
+        """How rows are laid out and kept apart, for whoever reads a file."""
+        return {**self.isolation.to_json(self.layout.packing), "share_prefixes": self.layout.share_prefixes}
 
     @property
     def pad_id(self) -> int:
@@ -183,6 +188,8 @@ def assemble(
         warnings.append(slow)
     layout, isolation = plan_layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)
     say(isolation.line(layout.packing))
+    if datasets is not None and (shared := shared_line(layout, datasets.train, config)):
+        say(shared)
     if unchecked := check_head(loaded.model):
         warnings.append(unchecked)
     norms, mlps = quicken_norms(loaded.model), lean_mlps(loaded.model)

@@ -91,16 +91,18 @@ def documents_attention(
     q_NQD, k_NKD, v_NKD = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     heads = (query.shape[1], key.shape[1], query.shape[-1])
     kernel, _ = kernel_for(query.device, query.dtype, heads, dropout=dropout, softcap=softcap)
+    if segments.after and kernel != "matmul":  # a module may drop out where the config does not say so
+        raise _not_computed("a prefix that rows share", "data.share_prefixes", "--set data.share_prefixes=false")
     out_NQD = _KERNELS[kernel](q_NQD, k_NKD, v_NKD, _Call(segments, scale, window, softcap, dropout))
     return out_NQD.unflatten(0, segments.shape), None
 
 
-def _not_computed(what: str) -> RunError:
-    return RunError(
-        f"{what} is not computed for packed rows",
-        key="data.packing",
-        hint="--set data.packing=off trains on padded rows, with the model's own attention",
-    )
+def _not_computed(
+    what: str,
+    key: str = "data.packing",
+    hint: str = "--set data.packing=off trains on padded rows, with the model's own attention",
+) -> RunError:
+    return RunError(f"{what} is not computed for packed rows", key=key, hint=hint)
 
 
 def kernel_for(
@@ -166,7 +168,8 @@ class _Call:
 
 
 def _matmul(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call: _Call) -> torch.Tensor:
-    return document_products(q_NQD, k_NKD, v_NKD, call.segments.lengths, call.scale, call.window, call.softcap)
+    borders = call.segments
+    return document_products(q_NQD, k_NKD, v_NKD, borders.lengths, call.scale, call.window, call.softcap, borders.after)
 
 
 def _flash(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call: _Call) -> torch.Tensor:

@@ -18,7 +18,7 @@ from eulerforge.data.packing import Layout
 from eulerforge.models.device import base_dtype
 from eulerforge.models.quantized import QUANTIZED_MODES, parameter_count, plan_of
 from eulerforge.training.attention import heads_of
-from eulerforge.training.document_products import kept_numbers
+from eulerforge.training.document_blocks import kept_numbers
 from eulerforge.training.estimate import Estimate
 from eulerforge.training.forward import softcap_of
 from eulerforge.training.heap import heap_bytes

@@ -69,6 +69,7 @@ def identity(run: Run, registry: Registry, weights: Mapping[str, Any], total_ste
         "data": run.datasets.train.sha256,
         HELD_OUT: validation.sha256 if validation is not None else None,
         "data.packing": run.layout.packing,
+        "data.share_prefixes": run.layout.share_prefixes,
         "model_name": weights["sha256"],
         "model_name.config": weights.get("config_sha256"),
         "model.attn_implementation": config.model.attn_implementation,
@@ -177,7 +178,8 @@ def _way_on(key: str, misfits: bool) -> str:
 
 
 def _covers(given: str, key: str) -> bool:
-    if key in ROWS and given in leaf_keys(DataConfig, "data.") and given != "data.packing":
+    of_layout = ("data.packing", "data.share_prefixes")
+    if key in ROWS and given in leaf_keys(DataConfig, "data.") and given not in of_layout:
         return True
     return key == given or key.startswith(f"{given}.")
 

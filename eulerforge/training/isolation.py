@@ -31,6 +31,8 @@ PROBE_LENGTHS = ((9, 14, 9), (14, 9, 9))
 
 Half as many cost a quarter less, and in bf16 a leak of one layer alone came close to what is allowed.
 """
+PROBE_PREFIX = 5
+"""Tokens with which z begins as x does."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """How far a hidden state of an untouched document may move, as a share of its own length."""
 
@@ -40,13 +42,15 @@ class Isolation:
     """How packed documents are kept apart; ``reason`` says why they are not, and is empty when they are.
 
     ``attention`` is the kernel in words, ``mixers`` the number of modules that mix tokens by other means, ``mixing``
-    how documents are kept apart there, and ``pads`` whether that computes padding. ``leak`` is what ``prove`` measured.
+    how documents are kept apart there, and ``pads`` whether that computes padding. ``goes_on`` says that documents can
+    go on from a common prefix. ``leak`` is what ``prove`` measured.
     """
 
     attention: str = ""
     mixers: int = 0
     mixing: str = ""
     pads: bool = False
+    goes_on: bool = False
     reason: str = ""
     leak: float | None = None
     _undo: tuple[Callable[[], None], ...] = ()
@@ -102,17 +106,18 @@ def isolate(
     undo: list[Callable[[], None]] = []
     decoder = model.get_decoder()
     before = decoder.config._attn_implementation
-    attention = f"transformers' {before}, as model.attn_implementation says"
+    attention, goes_on = f"transformers' {before}, as model.attn_implementation says", False
     if not keep_attention:
         decoder.set_attn_implementation(register())
         if decoder.config._attn_implementation != NAME:
             return Isolation(reason=f"{type(model).__name__} does not use transformers' attention interface")
         undo.append(lambda: decoder.set_attn_implementation(before))
-        attention = describe(*_kernel(model, device))
+        kernel, why = _kernel(model, device)
+        attention, goes_on = describe(kernel, why), kernel == "matmul" and device.type == "cpu"
     hooks = [_Gather(module) for module in _mixers(model, spec, adapter)]
     undo += [hook.remove for hook in hooks]
     if not hooks:
-        return Isolation(attention=attention, undo=tuple(undo))
+        return Isolation(attention=attention, goes_on=goes_on, undo=tuple(undo))
     fast = _border_kernels(device)
     mixing = "flash-linear-attention with documents' borders" if fast else "documents gathered into padded rows"
     return Isolation(attention=attention, mixers=len(hooks), mixing=mixing, pads=not fast, undo=tuple(undo))
@@ -202,7 +207,7 @@ def _knows_borders() -> bool:
 
 
 @torch.no_grad()
-def leak(model: Any, *, seed: int = 0) -> float:
+def leak(model: Any, *, seed: int = 0, shares: bool = False) -> float:
     """How far a hidden state of a document moves at most when what lies around it in its row is another thing, as a
     share of its own length; zero is what it should be.
 
@@ -210,17 +215,25 @@ def leak(model: Any, *, seed: int = 0) -> float:
     takes from any other one, before or behind it, is not the same in both places, and what all documents of a row
     take from the whole of it is not the same in both rows. What follows the hidden states mixes no tokens. Each state
     is measured by its own length: one large channel of all states would hide a leak of the last layers.
+    With ``shares`` the same documents are computed once more, as ones that go on from what x and z begin with alike.
     """
     was_training = model.training
     model.eval()
     try:
         vocabulary = int(model.get_input_embeddings().weight.shape[0])
         x, y, z = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(seed)).split((9, 14, 9), 1)
+        z[:, :PROBE_PREFIX] = x[:, :PROBE_PREFIX]
         (x_first, y_second, x_third), (y_first, x_second, z_third) = (
             _probe_states(model, torch.cat(row, 1), lengths)
             for row, lengths in zip(((x, y, x), (y, x, z)), PROBE_LENGTHS, strict=True)
         )
-        pairs = ((x_first, x_third), (x_first, x_second), (y_first, y_second), (z_third, z_third))
+        pairs = [(x_first, x_third), (x_first, x_second), (y_first, y_second), (z_third, z_third)]
+        if shares:
+            parts = (*x.split((PROBE_PREFIX, 9 - PROBE_PREFIX), 1), y, z[:, PROBE_PREFIX:])
+            lengths = tuple(part.shape[1] for part in parts)
+            prefix, x_rest, y_third, z_rest = _probe_states(model, torch.cat(parts, 1), lengths, (None, 0, None, 0))
+            pairs += [(x_first, torch.cat([prefix, x_rest], 1)), (y_first, y_third)]
+            pairs += [(z_third, torch.cat([prefix, z_rest], 1))]
         return float(torch.stack([_moved(*pair) for pair in pairs]).max())  # NaN stays NaN, in z too
     finally:
         model.train(was_training)
@@ -232,14 +245,14 @@ def _moved(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     return ((one - two).norm(dim=-1) / length).max()
 
 
-def prove(model: Any) -> float:
-    """The leak of a model, which is within tolerance.
+def prove(model: Any, *, shares: bool = False) -> float:
+    """The leak of a model, which is within tolerance, with prefixes that documents share too if ``shares``.
 
     Raises:
         RunError: a document sees another one, or the model's code takes no packed row.
     """
     try:
-        found = leak(model)
+        found = leak(model, shares=shares)
     except (RuntimeError, TypeError, ValueError, ImportError) as error:
         raise RunError(
             f"a packed row cannot be computed: {type(error).__name__}: {error}",
@@ -257,9 +270,13 @@ def prove(model: Any) -> float:
     return found
 
 
-def _probe_states(model: Any, ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+def _probe_states(
+    model: Any, ids: torch.Tensor, lengths: tuple[int, ...], after: tuple[int | None, ...] = ()
+) -> tuple[torch.Tensor, ...]:
     """The hidden states of each document, (1, its tokens, H), of a packed row of ids (1, T)."""
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    before = [0 if number is None else lengths[number] for number in after or (None,) * len(lengths)]
+    starts = zip(before, lengths, strict=True)
+    positions = torch.cat([torch.arange(first, first + length) for first, length in starts])[None]
     nothing = ids.new_empty(0)
     batch = Batch(
         input_ids=ids.to(model.device),
@@ -268,6 +285,6 @@ def _probe_states(model: Any, ids: torch.Tensor, lengths: tuple[int, ...]) -> tu
         next_labels=nothing,
         tokens=ids.numel(),
         position_ids=positions.to(model.device),
-        segments=Segments(lengths=lengths, shape=(1, ids.numel()), device=model.device),
+        segments=Segments(lengths=lengths, shape=(1, ids.numel()), device=model.device, after=after),
     )
     return hidden_states(model, batch).float().split(lengths, 1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from eulerforge.data.batches import BatchPlan
 from eulerforge.data.packing import Layout
+from eulerforge.data.prefixes import documents_of
 from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.training.onelayer import CHUNK
 from eulerforge.training.peak import MicroBatch
@@ -32,11 +33,11 @@ def largest_micro_batch(config: RunConfig, layout: Layout, rows: TokenizedRows |
     found = []
     for step in looked_at:
         for lines in layout.cut(rows, plan.rows_of(step)):
-            lengths = [[int(rows.lengths[index]) for index in line] for line in lines]
-            width = max(sum(line) for line in lengths)
-            documents = Counter(length for line in lengths for length in line)
+            laid_out = [documents_of(rows, line, share=layout.share_prefixes) for line in lines]
+            width = max(sum(map(len, line)) for line in laid_out)
+            documents = Counter((len(document), document.first) for line in laid_out for document in line)
             if layout.by_length:
                 # documents as rows, and linear attention in chunks
-                width = -(-max(documents) // CHUNK) * CHUNK * max(len(line) for line in lengths)
+                width = -(-max(map(sum, documents)) // CHUNK) * CHUNK * max(map(len, laid_out))
             found.append(MicroBatch.of_lines(len(lines), width, documents, packed=packed))
     return max(found, key=lambda batch: batch.tokens)

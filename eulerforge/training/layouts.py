@@ -8,7 +8,10 @@ import attrs
 import torch
 
 from eulerforge.config.schema import RunConfig
+from eulerforge.data.batches import BatchPlan
 from eulerforge.data.packing import Layout, token_budget
+from eulerforge.data.prefixes import documents_of
+from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.errors import PluginError
 from eulerforge.lora.apply import Injected
 from eulerforge.models.load import model_types
@@ -38,13 +41,17 @@ def plan_layout(
         RunError: a packed document sees another one.
         PluginError: a backbone declares what its adapter cannot do.
     """
-    isolation, by_length = Isolation(), False
+    isolation, by_length, shares = Isolation(), False, False
     if config.data.packing != "off":
         moving = rope_by_length(model.config, config.data.max_length)
         isolation = Isolation(reason=moving) if moving else _isolation(config, registry, model, injected, device)
         if isolation.possible:
-            isolation = attrs.evolve(isolation, leak=prove(model)) if proven else isolation
             by_length = isolation.pads
+            # cached states lie row by row
+            asked = config.data.share_prefixes and not config.training.cache_frozen_prefix
+            shares = asked and config.data.packing == "flat" and isolation.goes_on
+            if proven:
+                isolation = attrs.evolve(isolation, leak=prove(model, shares=shares))
     layout = Layout(
         packing=config.data.packing if isolation.possible else "off",
         batch_size=config.training.batch_size,
@@ -52,8 +59,21 @@ def plan_layout(
         token_budget=token_budget(config, device),
         pad_id=filler,
         by_length=by_length,
+        share_prefixes=shares,
     )
     return layout, isolation
+
+
+def shared_line(layout: Layout, rows: TokenizedRows, config: RunConfig) -> str:
+    """What prefixes that rows share save in the first step, if anything; the tokens of all rows count as trained."""
+    if not layout.share_prefixes:
+        return ""
+    lines = [line for lines in layout.cut(rows, BatchPlan.of(rows, config).rows_of(0)) for line in lines]
+    computed = sum(len(document) for line in lines for document in documents_of(rows, line, share=True))
+    total = sum(int(rows.lengths[index]) for line in lines for index in line)
+    if computed == total:
+        return ""
+    return f"prefixes that rows share are computed once: {computed:,} of the first step's {total:,} tokens are computed"
 
 
 def rope_by_length(config: Any, longest: int) -> str:

@@ -20,7 +20,7 @@ from eulerforge.data.packing import Segments
 from eulerforge.lora.adapted import AdaptedModule
 from eulerforge.models.room import fresh_rooms
 from eulerforge.training.blocks import BlockRecord, Size
-from eulerforge.training.document_products import BLOCK, none_kept
+from eulerforge.training.document_blocks import BLOCK, none_kept
 from eulerforge.training.forward import hidden_states
 from eulerforge.training.gated import lean_mlps
 from eulerforge.training.layerblocks import (

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import attrs
 
 from eulerforge.training.blocks import Step
-from eulerforge.training.document_products import BLOCK
+from eulerforge.training.document_blocks import BLOCK
 from eulerforge.training.layerblocks import GRADIENT, NEXT, RESULT, STATES, LayerBlocks
 
 HEAP_BLOCK = 32 << 20
@@ -23,22 +23,23 @@ class MicroBatch:
     """``tokens`` positions, padding included.
 
     ``square`` is what blocks that grow with the square of a document are counted by: of one document at a time where
-    documents are kept apart, of every line elsewhere. ``documents`` says how many documents are kept apart by length.
+    documents are kept apart, of every line elsewhere. ``documents`` says how many documents are kept apart by length,
+    and by the tokens before them that another document holds.
     """
 
     tokens: int
     square: int
-    documents: Mapping[int, int] = attrs.field(factory=dict)
+    documents: Mapping[tuple[int, int], int] = attrs.field(factory=dict)
 
     @classmethod
     def of_rows(cls, rows: int, length: int, *, packed: bool) -> MicroBatch:
         """``rows`` rows of ``length`` tokens each."""
-        return cls.of_lines(rows, length, {length: rows}, packed=packed)
+        return cls.of_lines(rows, length, {(length, 0): rows}, packed=packed)
 
     @classmethod
-    def of_lines(cls, lines: int, width: int, documents: Mapping[int, int], *, packed: bool) -> MicroBatch:
-        """Lines of ``width`` positions with so many documents of each length; kept apart where ``packed``."""
-        longest = max(documents)
+    def of_lines(cls, lines: int, width: int, documents: Mapping[tuple[int, int], int], *, packed: bool) -> MicroBatch:
+        """Lines of ``width`` positions with so many documents of each kind; kept apart where ``packed``."""
+        longest = max(map(sum, documents))
         square = longest * min(BLOCK, longest) if packed else lines * width * width
         return cls(tokens=lines * width, square=square, documents=documents if packed else {})
 

@@ -57,7 +57,7 @@ def preflight(run: Run) -> dict[str, Any]:
         "phases": [{"step": phase.step, "groups": list(phase.groups)} for phase in run.phases.phases],
         "injection": run.report.to_json(),
         "probe": {"batch": source, "loss": probes[0]["loss"], "tensors_with_gradient": len(run.phases.trained_names)},
-        "packing": {**run.isolation.to_json(run.layout.packing), "largest_micro_batch": largest.tokens},
+        "packing": {**run.packing_facts, "largest_micro_batch": largest.tokens},
         "memory": run.estimated.to_json() if isinstance(run.estimated, Estimated) else None,
         "forecast": forecast(run, batch, seconds),
         "warnings": list(run.warnings),

@@ -81,7 +81,7 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: 
         # what the preset or the backbone declared that need not be covered
         "coverage": {"allow_partial": run.report.allow_partial, "gaps": list(run.report.gaps)},
         "seed": run.config.seed,
-        "packing": {**run.isolation.to_json(run.layout.packing), "token_budget": run.layout.token_budget},
+        "packing": {**run.packing_facts, "token_budget": run.layout.token_budget},
         "norms": {"one_pass": run.norms.count, "left": list(run.norms.left)},
         "gated_mlps": {"keep_two_of_four": run.mlps.count, "left": list(run.mlps.left)},
         "base": {

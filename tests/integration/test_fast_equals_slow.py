@@ -1,8 +1,8 @@
 """The whole fast path against its slow reference, for every backbone, without dropout and with seeded dropout.
 
-Fast: packed documents, attention per document, one product per adapted layer, masks from bits, norms in one pass, the
-loss in chunks; fp32. Slow: the same row with a dense mask, plain products, the modules' own norms, full logits;
-float64.
+Fast: packed documents, one of them a prefix that all share where that is done, attention per document, one product per
+adapted layer, masks from bits, norms in one pass, the loss in chunks; fp32. Slow: the same row with a dense mask, plain
+products, the modules' own norms, full logits; float64.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from eulerforge.data.batches import BatchPlan
-from eulerforge.data.rows import IGNORED
 from eulerforge.lora.dropout import draw_seed, keep_mask, keep_share
 from eulerforge.lora.linear import LoRALinear
 from eulerforge.testing.tiny_models import save_tiny
@@ -35,11 +34,16 @@ BACKBONES = {
 
 
 def dense_attention(q_NQD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, call: Any) -> torch.Tensor:
-    documents = call.segments.document_of.flatten()
-    place = torch.arange(len(documents))
-    seen = (documents[:, None] == documents[None]) & (place[:, None] >= place[None])
+    segments = call.segments
+    documents, place = segments.document_of.flatten(), torch.arange(sum(segments.lengths))
+    after = [-1 if number is None else number for number in segments.after or (None,) * len(segments.lengths)]
+    goes_on = torch.tensor(after)[documents][:, None] == documents[None]
+    seen = (goes_on | (documents[:, None] == documents[None])) & (place[:, None] >= place[None])
     if call.window is not None:
-        seen &= place[:, None] - place[None] < call.window
+        before = [segments.lengths[number] if number >= 0 else 0 for number in after]
+        starts = zip(before, segments.lengths, strict=True)
+        position = torch.cat([torch.arange(first, first + length) for first, length in starts])
+        seen &= position[:, None] - position[None] < call.window
     repeats = q_NQD.shape[1] // k_NKD.shape[1]
     q, k, v = q_NQD.transpose(0, 1), *(s.repeat_interleave(repeats, 1).transpose(0, 1) for s in (k_NKD, v_NKD))
     return ((q @ k.mT * call.scale).masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1)
@@ -54,9 +58,8 @@ def two_products(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def full_loss(model: Any, batch: Any) -> torch.Tensor:
-    logits = model.get_output_embeddings()(hidden_states(model, batch))[:, :-1]
-    labels = tinyrun.labels_of(batch)[:, 1:].flatten()
-    return F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
+    logits = model.get_output_embeddings()(hidden_states(model, batch)).flatten(0, 1)
+    return F.cross_entropy(logits[batch.label_at], batch.next_labels, reduction="sum")
 
 
 def first_micro_batch(run: Any) -> tuple[Any, Any]:
@@ -90,6 +93,7 @@ def test_loss_and_gradients_equal_the_slow_reference(
     )  # fmt: skip
     batch, lines = first_micro_batch(fast)
     assert len(batch.segments.lengths) > 2
+    assert bool(batch.segments.after) == (family != "qwen3_5"), "the rows begin alike"
     assert fast.norms.count
     assert fast.mlps.count == (0 if family == "mixtral" else len(fast.model.get_decoder().layers))
     torch.manual_seed(micro_batch_seed(1, 0, 0))

@@ -107,10 +107,30 @@ def test_preflight_shows_the_proof(tmp_path: Path, capsys: pytest.CaptureFixture
     packing = json.loads(capsys.readouterr().out)["data"]["packing"]
     assert packing["packing"] == "flat"
     assert packing["leak"] < 1e-6
-    assert main(tinyrun.arguments(tmp_path, backbone="gemma3")) == 0
-    assert packing["largest_micro_batch"] == max(
-        row["tokens"] for row in tinyrun.metrics(tmp_path / "run") if "tokens" in row
-    )
+    assert packing["share_prefixes"] is True
+    whole = tinyrun.arguments(tmp_path, backbone="gemma3", data__share_prefixes=False)
+    assert main([*whole, "--preflight", "--json"]) == 0
+    without = json.loads(capsys.readouterr().out)["data"]["packing"]
+    assert main(whole) == 0
+    largest = max(row["tokens"] for row in tinyrun.metrics(tmp_path / "run") if "tokens" in row)
+    assert packing["largest_micro_batch"] < without["largest_micro_batch"] == largest
+
+
+def test_a_prefix_that_rows_share_changes_no_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_of("llama3", tmp_path)
+    rows = {}
+    for share in (True, False):
+        out = tmp_path / f"run-{share}"
+        words = tinyrun.arguments(
+            tmp_path, backbone="llama3", output_dir=str(out), data__share_prefixes=share, injection__lora_dropout=0.0
+        )
+        assert main(words) == 0
+        assert ("prefixes that rows share are computed once" in capsys.readouterr().err) == share
+        rows[share] = [row for row in tinyrun.metrics(out) if "grad_norm" in row]
+    for shared, whole in zip(rows[True], rows[False], strict=True):
+        assert (shared["tokens"], shared["label_tokens"]) == (whole["tokens"], whole["label_tokens"])
+        assert shared["loss"] == pytest.approx(whole["loss"], abs=1e-5 if whole["step"] == 1 else 1e-3)
+    assert rows[True][0]["grad_norm"] == pytest.approx(rows[False][0]["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("packing", ["flat", "bins", "off"])

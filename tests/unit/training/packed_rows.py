@@ -1,4 +1,4 @@
-"""Rows of random tokens of given lengths, the first token of each untrained, like a prompt."""
+"""Rows of random tokens of given lengths."""
 
 from __future__ import annotations
 
@@ -20,3 +20,17 @@ def random_rows(lengths: list[int], *, seed: int = 0) -> TokenizedRows:
         [(0, line) for line in range(len(lengths))],
         ("rows.jsonl",),
     )
+
+
+def rows_under(prefixes: list[int], lengths: list[int], *, seed: int = 0) -> TokenizedRows:
+    """Rows of so many tokens behind a prefix that all rows with one of its length have in common."""
+    generator = np.random.default_rng(seed)
+    common = {tokens: generator.integers(3, 120, tokens).astype(np.uint32) for tokens in sorted(set(prefixes))}
+    own = random_rows(lengths, seed=seed + 1)
+    rows = []
+    for index, tokens in enumerate(prefixes):
+        ids, labelled = own.row(index)
+        ids = np.concatenate([common[tokens], ids])
+        ids[tokens] = 3 + index  # otherwise some would go on alike
+        rows.append((ids, np.concatenate([np.zeros(tokens, np.uint8), labelled])))
+    return TokenizedRows.gather(rows, [(0, line) for line in range(len(rows))], ("rows.jsonl",))

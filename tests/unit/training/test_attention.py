@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from eulerforge.errors import RunError
-from eulerforge.training import attention, document_products
+from eulerforge.training import attention, document_blocks, document_products
 from eulerforge.training.attention import documents_attention, kernel_for, no_mask
 
 from .documents import reference, segments
 
 LENGTHS = (5, 1, 9, 3)
+AFTER = (None, 0, 0, None)
 MODULE = torch.nn.Identity()
 
 
@@ -33,7 +34,9 @@ def states(heads: int, key_heads: int, width: int = 4, tokens: int = sum(LENGTHS
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("after", [(), AFTER])
 def test_output_and_gradients_are_the_references(
+    after: tuple[int | None, ...],
     heads: tuple[int, int],
     window: int | None,
     block: int,
@@ -41,13 +44,19 @@ def test_output_and_gradients_are_the_references(
     softcap: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(document_products, "BLOCK", block)
-    monkeypatch.setattr(document_products, "KEPT_SHARE", kept_share)
+    monkeypatch.setattr(document_blocks, "BLOCK", block)
+    monkeypatch.setattr(document_blocks, "KEPT_SHARE", kept_share)
     ours, expected = states(*heads), states(*heads)
     out, weights = documents_attention(
-        MODULE, *ours, None, scaling=0.3, sliding_window=window, softcap=softcap, segments=segments(LENGTHS)
+        MODULE,
+        *ours,
+        None,
+        scaling=0.3,
+        sliding_window=window,
+        softcap=softcap,
+        segments=segments(LENGTHS, after=after),
     )
-    wanted = reference(*expected, LENGTHS, 0.3, window, softcap)
+    wanted = reference(*expected, LENGTHS, 0.3, window, softcap, after)
     assert weights is None
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
@@ -62,9 +71,13 @@ def test_short_documents_keep_their_probabilities_and_long_ones_do_not() -> None
     short, long = 100, 2000
     # blocks of 96 and 4 tokens, which see 96 and 100 keys
     of_short = heads * (96 * 96 + 4 * 100)
-    assert document_products.kept_numbers({short: 2, long: 1}, heads, key_heads, width, None) == 2 * of_short
-    most = document_products.KEPT_SHARE * (heads + 2 * key_heads) * width
+    assert document_blocks.kept_numbers({(short, 0): 2, (long, 0): 1}, heads, key_heads, width, None) == 2 * of_short
+    most = document_blocks.KEPT_SHARE * (heads + 2 * key_heads) * width
     assert of_short <= most * short
+    # the same document after ten tokens of another one sees ten keys more
+    assert (
+        document_blocks.kept_numbers({(short, 10): 1}, heads, key_heads, width, None) == of_short + heads * 10 * short
+    )
     q, k, v = (torch.zeros(2 * short + long, count, width, requires_grad=True) for count in (heads, 3, 3))
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
@@ -74,7 +87,7 @@ def test_short_documents_keep_their_probabilities_and_long_ones_do_not() -> None
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_gradcheck(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document_products, "BLOCK", 2)
+    monkeypatch.setattr(document_blocks, "BLOCK", 2)
     borders = segments((3, 1, 4))
 
     def run(query: Any, key: Any, value: Any) -> torch.Tensor:
@@ -151,6 +164,13 @@ def test_a_packed_call_whose_borders_were_lost_is_refused() -> None:
 def test_what_would_change_the_scores_is_refused(name: str) -> None:
     with pytest.raises(RunError, match=f"attention with {name} is not computed"):
         documents_attention(MODULE, *states(4, 4), None, segments=segments(LENGTHS), **{name: torch.zeros(4)})
+
+
+def test_a_kernel_that_knows_no_shared_prefix_is_refused() -> None:
+    """A module may drop out where the config, which the layout follows, does not say so."""
+    with pytest.raises(RunError, match="a prefix that rows share is not computed") as caught:
+        documents_attention(MODULE, *states(4, 4), None, dropout=0.1, segments=segments(LENGTHS, after=AFTER))
+    assert caught.value.problems[0].key == "data.share_prefixes"
 
 
 def test_values_of_another_width_are_refused() -> None:

@@ -15,7 +15,7 @@ from eulerforge.training.forward import label_token_loss
 from eulerforge.training.isolation import isolate
 from eulerforge.training.recompute import enable_gradient_checkpointing
 
-from .packed_rows import random_rows
+from .packed_rows import random_rows, rows_under
 from .test_isolation import MixerAdapter, spec
 
 LENGTHS = [9, 2, 30, 17, 4, 11, 25, 6]
@@ -28,6 +28,7 @@ CUTS = {
     "bucketed": Layout(packing="off", batch_size=2, max_length=32, token_budget=1, pad_id=0),
     "one batch": Layout.padded(8, 0),
 }
+SHARED = Layout(packing="flat", batch_size=2, max_length=64, token_budget=100, pad_id=0, share_prefixes=True)
 
 
 def reference(model: Any, rows: TokenizedRows) -> tuple[float, dict[str, torch.Tensor]]:
@@ -77,6 +78,38 @@ def test_every_cut_gives_the_plain_loss_and_gradient(family: str) -> None:
         for parameter, gradient in gradients.items():
             scale = float(gradient.abs().max()) + 1e-6
             assert float((ours[parameter] - gradient).abs().max()) / scale < 1e-4, (name, parameter)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3", "mixtral"])
+def test_a_prefix_that_rows_share_gives_the_plain_loss_and_gradient(family: str) -> None:
+    """Two prefixes, of 20 and 17 tokens, rows without one, and several micro-batches."""
+    rows, model = rows_under([20] * 5 + [17] * 3 + [0] * 2, [9, 2, 30, 17, 1, 25, 6, 11, 20, 4]), tiny_model(family)
+    model.train()
+    loss, gradients = reference(model, rows)
+    isolate(model, spec("attention"), MixerAdapter())
+    parts = [SHARED.batch(rows, lines, "cpu") for lines in SHARED.cut(rows, range(len(rows)))]
+    assert len(parts) > 1
+    assert sum(batch.tokens for batch in parts) == rows.token_count
+    assert sum(batch.input_ids.numel() for batch in parts) < rows.token_count - 50
+    found, ours = cut_step(model, rows, SHARED)
+    assert found == pytest.approx(loss, abs=1e-5)
+    for parameter, gradient in gradients.items():
+        scale = float(gradient.abs().max()) + 1e-6
+        assert float((ours[parameter] - gradient).abs().max()) / scale < 1e-4, parameter
+
+
+@pytest.mark.parametrize("window", [9, 24, 31])
+def test_a_window_that_ends_within_a_shared_prefix(window: int) -> None:
+    """24 is longer than the prefix of 20 and every rest, and shorter than the rows."""
+    model = tiny_model("gemma3", sliding_window=window)
+    rows = rows_under([20] * 3, [18, 15, 12])
+    loss, gradients = reference(model, rows)
+    isolate(model, spec("attention"), MixerAdapter())
+    assert len(SHARED.cut(rows, range(3))) == 1
+    found, ours = cut_step(model, rows, SHARED)
+    assert found == pytest.approx(loss, abs=1e-5)
+    for parameter, gradient in gradients.items():
+        assert float((ours[parameter] - gradient).abs().max()) < 1e-4 * (float(gradient.abs().max()) + 1e-6), parameter
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "qwen3_5"])

@@ -127,6 +127,31 @@ def test_attention_that_ignores_the_borders_is_found(monkeypatch: pytest.MonkeyP
         prove(model)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_that_go_on_from_a_prefix_are_the_separate_ones(family: str) -> None:
+    model = loud_model(family)
+    isolated = isolate(model, spec("gather"), MixerAdapter())
+    assert isolated.goes_on == (family not in HYBRIDS)
+    if isolated.goes_on:
+        assert prove(model, shares=True) < 1e-6
+
+
+def test_a_prefix_that_is_not_seen_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that takes a document which goes on for one that begins anew."""
+    from eulerforge.training import attention
+
+    model = loud_model("llama3")
+    isolate(model, spec("attention"), DenseAdapter())
+
+    def anew(q: Any, k: Any, v: Any, call: Any) -> torch.Tensor:
+        return attention.document_products(q, k, v, call.segments.lengths, call.scale)
+
+    monkeypatch.setitem(attention._KERNELS, "matmul", anew)
+    assert prove(model) < 1e-6
+    with pytest.raises(RunError, match="packed documents see each other"):
+        prove(model, shares=True)
+
+
 def test_the_line_names_the_kernel_that_the_config_asks_for() -> None:
     model = tiny_model("gemma3")
     isolated = isolate(model, spec("attention"), DenseAdapter())

@@ -12,7 +12,7 @@ import torch
 from eulerforge.data.batches import Batch
 from eulerforge.data.packing import Segments
 from eulerforge.plugins import load_registry
-from eulerforge.training import document_products
+from eulerforge.training import document_blocks
 from eulerforge.training.estimated import Estimated, from_config
 from eulerforge.training.forward import hidden_states
 from eulerforge.training.layerblocks import OWN
@@ -96,7 +96,7 @@ def test_what_is_kept_is_what_autograd_keeps(tmp_path: Path, family: str, packin
 def test_probabilities_that_attention_keeps_are_counted_document_by_document(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_products, "KEPT_SHARE", 20)
+    monkeypatch.setattr(document_blocks, "KEPT_SHARE", 20)
     run = prepared_run(tmp_path, family)
     lengths = (96, 260, 40, 700)  # the last one is too long
     estimated = from_config(run.config, load_registry(), run.source.folder, run.datasets, CPU)
@@ -107,13 +107,13 @@ def test_probabilities_that_attention_keeps_are_counted_document_by_document(
         record_layer(run.model, at, device=CPU, packed=True, takes_gradient=at > 0, tokens=TOKENS)
         for at in range(count)
     ]
-    size = MicroBatch(tokens=sum(lengths), square=0, documents=dict.fromkeys(lengths, 1))
+    size = MicroBatch(tokens=sum(lengths), square=0, documents={(length, 0): 1 for length in lengths})
     states = sum(lengths) * run.model.config.get_text_config().hidden_size * 4
     expected = really_kept(run, batch_of(lengths, packed=True)) + states + sum(lengths) * 8
     found = probabilities(size, 0)
     assert found > 0.1 * expected
     assert level_above(blocks, size) + found == pytest.approx(expected, rel=1e-2)
-    assert probabilities(MicroBatch(tokens=700, square=0, documents={700: 1}), 0) < found
+    assert probabilities(MicroBatch(tokens=700, square=0, documents={(700, 0): 1}), 0) < found
     assert probabilities(MicroBatch(tokens=700, square=0), 0) == 0
     assert 0 < probabilities(size, 1) < found, "every layer computed again: one of them at a time"
 
