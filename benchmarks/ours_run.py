@@ -36,6 +36,7 @@ keywords = ["q_proj", "v_proj"]
 format = "processed"
 path = "{args.rows}"
 max_length = {max(len(row["input_ids"]) for row in read_jsonl(args.rows))}
+share_prefixes = {str(not args.whole_rows).lower()}
 [training]
 lr = {args.lr}
 weight_decay = 0.0

