@@ -215,25 +215,26 @@ def leak(model: Any, *, seed: int = 0, shares: bool = False) -> float:
     takes from any other one, before or behind it, is not the same in both places, and what all documents of a row
     take from the whole of it is not the same in both rows. What follows the hidden states mixes no tokens. Each state
     is measured by its own length: one large channel of all states would hide a leak of the last layers.
-    With ``shares`` the same documents are computed once more, as ones that go on from what x and z begin with alike.
+    With ``shares`` x and z are computed once more, as documents that go on from what they begin with alike.
     """
     was_training = model.training
     model.eval()
     try:
         vocabulary = int(model.get_input_embeddings().weight.shape[0])
-        x, y, z = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(seed)).split((9, 14, 9), 1)
+        ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(seed))
+        x, y, z = ids.split(PROBE_LENGTHS[0], 1)
         z[:, :PROBE_PREFIX] = x[:, :PROBE_PREFIX]
-        (x_first, y_second, x_third), (y_first, x_second, z_third) = (
-            _probe_states(model, torch.cat(row, 1), lengths)
-            for row, lengths in zip(((x, y, x), (y, x, z)), PROBE_LENGTHS, strict=True)
-        )
+        first_row, second_row = (x, y, x), (y, x, z)
+        after: tuple[int | None, ...] = ()
+        if shares:  # a third pass would cost as much as each of the two, whose tokens are few
+            second_row += (*x.split((PROBE_PREFIX, x.shape[1] - PROBE_PREFIX), 1), z[:, PROBE_PREFIX:])
+            after = (None, None, None, None, 3, 3)
+        x_first, y_second, x_third = _probe_states(model, first_row)
+        y_first, x_second, z_third, *shared = _probe_states(model, second_row, after)
         pairs = [(x_first, x_third), (x_first, x_second), (y_first, y_second), (z_third, z_third)]
         if shares:
-            parts = (*x.split((PROBE_PREFIX, 9 - PROBE_PREFIX), 1), y, z[:, PROBE_PREFIX:])
-            lengths = tuple(part.shape[1] for part in parts)
-            prefix, x_rest, y_third, z_rest = _probe_states(model, torch.cat(parts, 1), lengths, (None, 0, None, 0))
-            pairs += [(x_first, torch.cat([prefix, x_rest], 1)), (y_first, y_third)]
-            pairs += [(z_third, torch.cat([prefix, z_rest], 1))]
+            prefix, x_rest, z_rest = shared
+            pairs += [(x_first, torch.cat([prefix, x_rest], 1)), (z_third, torch.cat([prefix, z_rest], 1))]
         return float(torch.stack([_moved(*pair) for pair in pairs]).max())  # NaN stays NaN, in z too
     finally:
         model.train(was_training)
@@ -271,9 +272,10 @@ def prove(model: Any, *, shares: bool = False) -> float:
 
 
 def _probe_states(
-    model: Any, ids: torch.Tensor, lengths: tuple[int, ...], after: tuple[int | None, ...] = ()
+    model: Any, documents: tuple[torch.Tensor, ...], after: tuple[int | None, ...] = ()
 ) -> tuple[torch.Tensor, ...]:
-    """The hidden states of each document, (1, its tokens, H), of a packed row of ids (1, T)."""
+    """The hidden states of each document, (1, its tokens, H), of a packed row of documents of ids (1, tokens)."""
+    ids, lengths = torch.cat(documents, 1), tuple(part.shape[1] for part in documents)
     before = [0 if number is None else lengths[number] for number in after or (None,) * len(lengths)]
     starts = zip(before, lengths, strict=True)
     positions = torch.cat([torch.arange(first, first + length) for first, length in starts])[None]
