@@ -53,8 +53,14 @@ class Segments:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest document, those from which it goes on included."""
-        before = [0 if number is None else self.lengths[number] for number in self.after]
-        return max(map(sum, zip(self.lengths, before, strict=True))) if before else max(self.lengths)
+        return max(map(sum, zip(self.lengths, self.before, strict=True)))
+
+    @cached_property
+    def before(self) -> tuple[int, ...]:
+        """How many tokens of another document each goes on from, which is its first position."""
+        if not self.after:
+            return (0,) * len(self.lengths)
+        return tuple(0 if number is None else self.lengths[number] for number in self.after)
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:

@@ -276,8 +276,8 @@ def _probe_states(
 ) -> tuple[torch.Tensor, ...]:
     """The hidden states of each document, (1, its tokens, H), of a packed row of documents of ids (1, tokens)."""
     ids, lengths = torch.cat(documents, 1), tuple(part.shape[1] for part in documents)
-    before = [0 if number is None else lengths[number] for number in after or (None,) * len(lengths)]
-    starts = zip(before, lengths, strict=True)
+    segments = Segments(lengths=lengths, shape=(1, ids.numel()), device=model.device, after=after)
+    starts = zip(segments.before, lengths, strict=True)
     positions = torch.cat([torch.arange(first, first + length) for first, length in starts])[None]
     nothing = ids.new_empty(0)
     batch = Batch(
@@ -287,6 +287,6 @@ def _probe_states(
         next_labels=nothing,
         tokens=ids.numel(),
         position_ids=positions.to(model.device),
-        segments=Segments(lengths=lengths, shape=(1, ids.numel()), device=model.device, after=after),
+        segments=segments,
     )
     return hidden_states(model, batch).float().split(lengths, 1)
