@@ -32,18 +32,31 @@ class LoadPrecision:
     """In which precision the base is loaded; adapters are always fp32."""
 
     mode: str = setting(
-        "auto", choices=PRECISIONS, help="Precision of the base; auto is bf16 where the device multiplies it, else fp32"
+        "auto",
+        choices=PRECISIONS,
+        help="Precision in which the base is stored; auto is bf16 where the device multiplies it, else as its file",
     )
     quant_type: str = setting("nf4", choices=("nf4", "fp4"), help="4-bit format of int4")
     double_quant: bool = setting(True, help="Quantize the quantization constants of int4 too")
     compute_dtype: str = setting(
         "auto",
         choices=("auto", "fp32", "fp16", "bf16"),
-        help="Precision of the products of a quantized base, and of all that is not quantized",
+        help="Precision of the products and of all that is neither quantized nor stored as a half; auto is bf16 or that"
+        " of mode where the device multiplies it, else fp32",
     )
     allow_unquantized_experts: bool = setting(
         False, help="Load a mixture as int4 or int8 although its fused experts, most of its weights, stay unquantized"
     )
+
+    def check(self) -> Iterable[Problem]:
+        mode, compute = self.mode, self.compute_dtype
+        if mode in ("fp32", "fp16", "bf16") and compute not in ("auto", "fp32", mode):
+            yield Problem(
+                key="compute_dtype",
+                message=f"a base in {mode} is multiplied in {'fp32' if mode == 'fp32' else f'{mode} or fp32'}, not in"
+                f" {compute}",
+                hint=f"--set model.load_precision.mode={compute}",
+            )
 
 
 @attrs.frozen(kw_only=True)

@@ -22,7 +22,8 @@ from eulerforge.export.rundir import OpenBase, attach, locate, open_base
 from eulerforge.lora.merge import merge_in_place
 from eulerforge.models.device import DTYPE_NAMES
 from eulerforge.models.linear_ops import linear_ops_from
-from eulerforge.models.quantized import QUANTIZED_MODES, describe
+from eulerforge.models.processor import QUANTIZED_MODES
+from eulerforge.models.quantized import describe
 from eulerforge.models.samples import Answer, generate_answers
 from eulerforge.training.evaluate import Evaluation, held_out_loss
 from eulerforge.training.prompts import Sample, SamplePrompt, sample_prompts

@@ -33,7 +33,7 @@ from eulerforge.export.written import Written, write_receipt
 from eulerforge.lora.adapted import AdaptedLinear, AdaptedModule
 from eulerforge.lora.wrap import adapted_modules
 from eulerforge.models.device import DTYPE_NAMES, DTYPES
-from eulerforge.models.quantized import QUANTIZED_MODES
+from eulerforge.models.processor import QUANTIZED_MODES
 from eulerforge.training.receipt import GENERATION_CONFIG, read_receipt
 
 OTHER_BASE = "merge with the base that the run was trained on"

@@ -8,7 +8,7 @@ import torch
 
 from eulerforge.config.schema import LoadPrecision
 from eulerforge.errors import DeviceError, UsageError
-from eulerforge.models.processor import has_bf16_products, product_key, product_mode
+from eulerforge.models.processor import QUANTIZED_MODES, product_key, product_mode, product_of_cpu
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -42,24 +42,21 @@ def pick_device(name: str, *, hint: str = "--set device=cpu") -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
-def pick_dtype(mode: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name; ``auto`` is bf16 where the device multiplies it in hardware, else fp32."""
-    if mode in DTYPES:
-        return DTYPES[mode]
-    if device.type == "cuda":
-        # torch's own question is about the current device, which may be another one
-        return torch.bfloat16 if is_ampere_or_later(device) else torch.float32
-    return torch.bfloat16 if has_bf16_products() else torch.float32
-
-
 def is_ampere_or_later(device: torch.device) -> bool:
     """Whether a card multiplies bf16 in hardware and runs the kernels that ask for such a one."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def base_dtype(precision: LoadPrecision, device: torch.device) -> torch.dtype:
-    """The dtype of a base's activations; that of its weights too, but for those that int4 and int8 quantize."""
-    return pick_dtype(product_mode(precision), device)
+    """The dtype of a base's activations; that of its weights too, but for what is quantized or stored as a half.
+
+    ``auto`` is bf16 where the device multiplies it in hardware, else fp32.
+    """
+    if device.type != "cuda":
+        return DTYPES[product_of_cpu(precision)]
+    wanted = product_mode(precision)
+    # torch's own question is about the current device, which may be another one
+    return DTYPES.get(wanted) or (torch.bfloat16 if is_ampere_or_later(device) else torch.float32)
 
 
 def slow_products(precision: LoadPrecision, device: torch.device) -> str | None:
@@ -67,16 +64,18 @@ def slow_products(precision: LoadPrecision, device: torch.device) -> str | None:
 
     Measured, because torch multiplies halves one by one where the processor cannot: up to 90 times slower.
     """
-    if device.type != "cpu" or product_mode(precision) in ("auto", "fp32"):
+    if device.type != "cpu" or product_mode(precision) == "auto":
         return None
     dtype = base_dtype(precision, device)
+    if dtype == torch.float32:
+        return None
     times = _product_seconds(dtype) / _product_seconds(torch.float32)
     if times < SLOW:
         return None
     return (
         f"this processor multiplies {DTYPE_NAMES[dtype]} matrices {times:.0f} times slower than fp32 ones, and the run"
         f" will be slow; --set {product_key(precision)}=fp32 is faster and needs twice the memory for "
-        + ("what is not quantized" if precision.mode in ("int8", "int4") else "weights")
+        + ("what is not quantized" if precision.mode in QUANTIZED_MODES else "activations")
     )
 
 

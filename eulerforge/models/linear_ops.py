@@ -1,6 +1,7 @@
 """Reading a linear layer's weight, and the plain layer that a merge puts in its place.
 
-Plain and bitsandbytes layers are known here; other formats come through the ``eulerforge_linear_ops`` hook.
+Plain layers, those of ``models/stored.py`` and bitsandbytes' are known here; other formats come through the
+``eulerforge_linear_ops`` hook.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 from eulerforge.api import LinearOps
 from eulerforge.errors import ModelError, PluginError
 from eulerforge.models.quantized import quantized_ops
+from eulerforge.models.stored import StoredLinear, StoredOps
 
 
 class PlainLinearOps:
@@ -28,7 +30,7 @@ class PlainLinearOps:
         return module
 
 
-PLAIN = PlainLinearOps()
+PLAIN, STORED = PlainLinearOps(), StoredOps()
 
 
 def linear_ops_from(registry: Any) -> Callable[[nn.Module], LinearOps]:
@@ -50,6 +52,8 @@ def linear_ops_from(registry: Any) -> Callable[[nn.Module], LinearOps]:
             ops = quantized_ops(module)
         if ops is not None:
             return ops
+        if isinstance(module, StoredLinear):
+            return STORED
         if isinstance(module, nn.Linear) and module.weight.is_floating_point():
             return PLAIN
         raise ModelError(

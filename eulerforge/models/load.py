@@ -16,9 +16,11 @@ import torch
 from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.device import base_dtype
-from eulerforge.models.quantized import QUANTIZED_MODES, import_bitsandbytes, plan_from_config, replace_layers
+from eulerforge.models.processor import QUANTIZED_MODES
+from eulerforge.models.quantized import import_bitsandbytes, plan_from_config, replace_layers
 from eulerforge.models.soundness import check_folder, check_tokenizer, refuse_not_finite
 from eulerforge.models.source import BaseSource, resolve_source
+from eulerforge.models.stored import StoredReport, keep_stored, storage_of
 
 ATTENTION = "model.attn_implementation"
 
@@ -27,13 +29,14 @@ ATTENTION = "model.attn_implementation"
 class LoadedModel:
     """A base model in eval mode with ``use_cache`` off, its tokenizer, and where both came from.
 
-    ``dtype`` is that of the activations and of every weight that is not quantized.
+    ``dtype`` is that of the activations and of every weight that is neither quantized nor ``stored`` as a half.
     """
 
     model: Any
     tokenizer: Any
     source: BaseSource
     dtype: torch.dtype
+    stored: StoredReport | None = None
 
 
 def load_tokenizer(
@@ -78,9 +81,6 @@ def load_model(
     Raises:
         ModelError: the model is not there, is damaged, or lacks weights; it cannot be quantized as asked for.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as hf_logging
-
     source = source or resolve_source(run.model_name, revision=run.model.revision, say=say)
     precision = run.model.load_precision
     dtype = base_dtype(precision, device)
@@ -93,8 +93,38 @@ def load_model(
             for line in plan.lines():
                 say(line)
     check_folder(source.folder)
+    storage = storage_of(precision, source.folder, device)
     if tokenizer is None:
         tokenizer = _tokenizer(source.folder, run.model.trust_remote_code)
+    model, info = _read(run, source, dtype if storage is None else storage.loaded)
+    if storage is not None and (instead := storage.after(model)):
+        storage = instead
+        del model  # before another is read
+        model, info = _read(run, source, storage.loaded)
+    _refuse_incomplete(source, info)
+    if say is not None and (more := sorted(info.get("unexpected_keys", ()))):
+        say(f"warning: {source.name}: {len(more)} tensors have no place in the model and are left out, {more[0]} first")
+    if plan is None:
+        model.to(device)
+    refuse_not_finite(model, source.name)
+    if plan is not None:
+        replace_layers(model, plan, device)
+    stored = None if storage is None else keep_stored(model, storage)
+    model.config.use_cache = False
+    return LoadedModel(
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        source=source,
+        dtype=dtype,
+        stored=stored,
+    )
+
+
+def _read(run: RunConfig, source: BaseSource, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model of a folder with its weights in ``dtype``, and what transformers has to say about its tensors."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
     attention = None if run.model.attn_implementation == "auto" else run.model.attn_implementation
     hf_logging.disable_progress_bar()
     loud = hf_logging.get_verbosity()
@@ -118,21 +148,7 @@ def load_model(
         raise ModelError(f"{source.name} cannot be loaded: {first_line(error)}", key=key, hint=hint) from error
     finally:
         hf_logging.set_verbosity(loud)
-    _refuse_incomplete(source, info)
-    if say is not None and (more := sorted(info.get("unexpected_keys", ()))):
-        say(f"warning: {source.name}: {len(more)} tensors have no place in the model and are left out, {more[0]} first")
-    if plan is None:
-        model.to(device)
-    refuse_not_finite(model, source.name)
-    if plan is not None:
-        replace_layers(model, plan, device)
-    model.config.use_cache = False
-    return LoadedModel(
-        model=model.to(device).eval(),
-        tokenizer=tokenizer,
-        source=source,
-        dtype=dtype,
-    )
+    return model, info
 
 
 def _refuse_incomplete(source: BaseSource, info: dict[str, Any]) -> None:

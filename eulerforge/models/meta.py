@@ -52,15 +52,6 @@ def meta_model(run: RunConfig, dtype: torch.dtype | None = None) -> Any:
         ) from error
 
 
-def stored_dtype(folder: Path, *, trust_remote_code: bool) -> torch.dtype:
-    """The precision of the weights in a model's folder, as its config.json says; fp32 where it says nothing."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return found if isinstance(found, torch.dtype) else torch.float32
-
-
 def _config_location(run: RunConfig) -> str | Path:
     """What ``AutoConfig`` opens: a folder, whether it holds weights or not, or a hub id."""
     name = run.model_name

@@ -23,7 +23,6 @@ from eulerforge.errors import ModelError, first_line
 from eulerforge.models.device import DTYPE_NAMES
 from eulerforge.models.sizes import gib
 
-QUANTIZED_MODES = ("int8", "int4")
 BLOCK = 64  # weights that share one scale in 4 bits; a row holds whole blocks
 OUT_MULTIPLE = 32  # what bitsandbytes' kernels ask of out_features
 KEY = "model.load_precision"

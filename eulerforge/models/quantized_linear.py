@@ -2,8 +2,6 @@
 
 bitsandbytes' own int8 layer quantizes its *input* to int8 too (through fp16), on CUDA always and on the CPU in eval
 mode only: training, evaluation and the merged model would then compute three different things.
-On the CPU the dequantized weight lies in a room that all layers share (``models/room.py``), written a few rows at a
-time: a weight of its own for every product left a hole in the heap between the blocks that autograd keeps.
 This module is imported only when a run asks for int8 or int4, because importing bitsandbytes takes seconds.
 """
 
@@ -12,16 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, int8_vectorwise_quant
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
 from torch import nn
 
+from eulerforge.models.dequantized import PART, linear
 from eulerforge.models.room import room
 
 INT8_STEPS = 127.0
-PART = 1 << 18
-"""Numbers that are dequantized at a time: 1 MiB of fp32 stays in the cache."""
 
 
 class Int8Linear(Linear8bitLt):
@@ -33,18 +29,18 @@ class Int8Linear(Linear8bitLt):
     compute_dtype: torch.dtype
 
     @classmethod
-    def of(cls, linear: nn.Linear, *, device: torch.device, compute_dtype: torch.dtype) -> Int8Linear:
+    def of(cls, plain: nn.Linear, *, device: torch.device, compute_dtype: torch.dtype) -> Int8Linear:
         """Quantize a plain layer onto ``device``; its bias is taken over as it is."""
-        rows, scale, _ = int8_vectorwise_quant(linear.weight.detach().to(device, torch.float16))
+        rows, scale, _ = int8_vectorwise_quant(plain.weight.detach().to(device, torch.float16))
         with torch.device("meta"):
-            made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False)
+            made = cls(plain.in_features, plain.out_features, bias=plain.bias is not None, has_fp16_weights=False)
         made.weight = Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scale)
-        made.bias = linear.bias
+        made.bias = plain.bias
         made.compute_dtype = compute_dtype
-        return made.train(linear.training)
+        return made.train(plain.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _linear(self, x)
+        return linear(self, x)
 
     def dequantize_into(self, out_OI: torch.Tensor) -> None:
         """Write the weight into ``out_OI``, rounded once."""
@@ -67,7 +63,7 @@ class Int4Linear(Linear4bit):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             product_NO: torch.Tensor = super().forward(x)
             return product_NO
-        return _linear(self, x)
+        return linear(self, x)
 
     def dequantize_into(self, out_OI: torch.Tensor) -> None:
         """Write the weight into ``out_OI``."""
@@ -110,31 +106,3 @@ def _absmax(state: Any) -> torch.Tensor:
     if not state.nested:
         return state.absmax.float()  # type: ignore[no-any-return]
     return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()  # type: ignore[no-any-return]
-
-
-def _linear(layer: Int8Linear | Int4Linear, x: torch.Tensor) -> torch.Tensor:
-    product_NO: torch.Tensor = _Product.apply(x.to(layer.compute_dtype), layer)
-    product_NO = product_NO if layer.bias is None else product_NO + layer.bias.to(product_NO.dtype)
-    return product_NO.to(x.dtype)
-
-
-def _weight(layer: Int8Linear | Int4Linear, like: torch.Tensor) -> torch.Tensor:
-    if like.device.type != "cpu" or torch.compiler.is_compiling():
-        return layer.dequantized(like.dtype)
-    weight_OI = room("dequantized", (layer.out_features, layer.in_features), like)
-    layer.dequantize_into(weight_OI)
-    return weight_OI
-
-
-class _Product(torch.autograd.Function):
-    """x W^T, with W dequantized once forward and once backward: autograd keeps neither W nor x."""
-
-    @staticmethod
-    def forward(ctx: Any, x_NI: torch.Tensor, layer: Int8Linear | Int4Linear) -> torch.Tensor:
-        ctx.layer = layer
-        return F.linear(x_NI, _weight(layer, x_NI))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (grad_NO,) = grads
-        return grad_NO @ _weight(ctx.layer, grad_NO), None

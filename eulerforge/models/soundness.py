@@ -8,6 +8,7 @@ A header is the length of a JSON text (8 bytes, little endian) and the text: {na
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,7 @@ PIECE_NUMBERS = 1 << 22
 _SOUND: set[tuple[object, ...]] = set()
 """Files that were found sound, with the state that they were found in: a start looks at one folder several times."""
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def check_folder(folder: Path, *, weights: bool = True) -> None:
@@ -66,12 +67,18 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
         _once(folder / TEMPLATE, _check_template)
     if not weights:
         return
-    quantized = "config.json" in found and "quantization_config" in _json_object(found["config.json"])
+    quantized = is_quantized(folder)
     single = folder / SINGLE
     if _lies_there(single):
         _check_header(single, quantized=quantized)
     elif _lies_there(folder / INDEX):
         _check_shards(folder, _json_object(folder / INDEX), quantized=quantized)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether config.json says that the folder's weights are quantized already."""
+    path = folder / "config.json"
+    return _lies_there(path) and "quantization_config" in _json_object(path)
 
 
 def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
@@ -222,7 +229,7 @@ def _check_header(path: Path, *, quantized: bool) -> set[str]:
     header = dict(_header(path))
     if not quantized:
         for name, (dtype, _) in header.items():
-            if dtype not in _FLOATS and name.endswith((".weight", ".bias")):
+            if dtype not in FLOATS and name.endswith((".weight", ".bias")):
                 raise _wrong(path, f"holds {name} as {dtype}, and config.json declares no quantization")
     return set(header)
 
@@ -247,6 +254,33 @@ def _header(path: Path) -> Iterator[tuple[str, tuple[str, list[int]]]]:
         raise _wrong(path, f"is damaged: its header cannot be read ({type(error).__name__})") from error
     if max(ends) != size:
         raise _wrong(path, f"is damaged: it has {size:,} bytes, its header speaks of {max(ends):,}")
+
+
+def file_dtype_of(folder: Path) -> torch.dtype:
+    """The precision of most numbers in a model's folder; fp32 where there are none.
+
+    Raises:
+        ModelError: a header cannot be read.
+    """
+    counts = dtypes_of(folder)
+    return max(counts, key=counts.__getitem__, default=torch.float32)
+
+
+def dtypes_of(folder: Path) -> dict[torch.dtype, int]:
+    """Numbers in a model folder's safetensors, by the floating-point precision that their headers say.
+
+    Raises:
+        ModelError: a header cannot be read.
+    """
+    single = folder / SINGLE
+    index = {} if _lies_there(single) or not _lies_there(folder / INDEX) else _json_object(folder / INDEX)
+    files = sorted({str(file) for file in index.get("weight_map", {}).values()}) or [SINGLE]
+    found: dict[torch.dtype, int] = {}
+    for file in files:
+        for _, (name, shape) in _header(folder / file):
+            if name in FLOATS:
+                found[FLOATS[name]] = found.get(FLOATS[name], 0) + math.prod(shape)
+    return found
 
 
 def _check_shards(folder: Path, index: Mapping[str, Any], *, quantized: bool) -> None:

@@ -25,6 +25,7 @@ from eulerforge.models.processor import product_key
 from eulerforge.models.sizes import gib
 from eulerforge.models.soundness import refuse_ids_beyond
 from eulerforge.models.source import BaseSource, resolve_source, revision_of
+from eulerforge.models.stored import StoredReport, widen_trained
 from eulerforge.training.compiled import compile_layers
 from eulerforge.training.coverage import inject_and_plan, rehearse
 from eulerforge.training.estimated import Estimated, NoEstimate, from_config, from_model
@@ -71,6 +72,7 @@ class Run:
     mlps: Replaced
     kept: Kept
     prefix: FrozenPrefix | None = None
+    stored: StoredReport | None = None
     estimated: Estimated | NoEstimate | None = None
     warnings: tuple[str, ...] = ()
 
@@ -172,6 +174,9 @@ def assemble(
         shortage.estimate = lambda: early or from_config(config, registry, source.folder, datasets, device, room)
     loaded = load_model(config, device=device, tokenizer=tokenizer, source=source, say=say)
     injected, groups, phases = inject_and_plan(config, registry, loaded.model)
+    stored = loaded.stored and widen_trained(loaded.model, phases.trained_names, loaded.stored)
+    if stored is not None:
+        say(stored.line())
     warnings = [*injected.warnings, *phases.warnings, *(parity.warnings if parity is not None else ())]
     rows = int(loaded.model.get_input_embeddings().weight.shape[0])
     highest = datasets.train.highest_id if datasets is not None else None
@@ -199,7 +204,9 @@ def assemble(
     layers = list(injected.adapter.find_transformer_layers(loaded.model))
     prefix = _prefix(loaded.model, phases, datasets, say) if config.training.cache_frozen_prefix else None
     if isinstance(estimated, NoEstimate):
-        estimated = from_model(config, loaded.model, layers, phases, layout, source.folder, datasets, device, room)
+        estimated = from_model(
+            config, loaded.model, layers, phases, layout, source.folder, datasets, device, room, stored
+        )
         say(f"with the weights there: {estimated.line()}")
     if isinstance(estimated, NoEstimate):
         warnings.append(estimated.line())
@@ -218,6 +225,7 @@ def assemble(
         datasets=datasets,
         device=device,
         dtype=loaded.dtype,
+        stored=stored,
         out=out,
         layout=layout,
         isolation=isolation,

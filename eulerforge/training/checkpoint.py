@@ -19,6 +19,7 @@ from eulerforge.api import InjectionReport
 from eulerforge.config.atomic import staged_folder, write_file
 from eulerforge.errors import CheckpointError, RunError
 from eulerforge.lora.state import adapter_state, load_adapter_state
+from eulerforge.models.stored import widen
 from eulerforge.training.diskroom import room_for
 from eulerforge.training.manifest import TrainState, read_state, write_manifest, write_state
 from eulerforge.training.optimizer import load_optimizer_tensors, optimizer_tensors
@@ -128,6 +129,7 @@ def load_trained(
             hint="use the preset and the base that the run was started with",
         )
     load_adapter_state(model, {name: tensor for name, tensor in found.items() if name in adapters})
+    widen(model, base)
     with torch.no_grad():
         for name, tensor in base.items():
             own[name].copy_(tensor)

@@ -16,9 +16,12 @@ from eulerforge.data.prepared import Datasets
 from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.errors import EulerForgeError, first_line
 from eulerforge.models.device import base_dtype
-from eulerforge.models.meta import meta_model, stored_dtype
-from eulerforge.models.quantized import QUANTIZED_MODES, import_bitsandbytes, plan_of
+from eulerforge.models.meta import meta_model
+from eulerforge.models.processor import QUANTIZED_MODES
+from eulerforge.models.quantized import import_bitsandbytes, plan_of
 from eulerforge.models.sizes import gib
+from eulerforge.models.soundness import file_dtype_of
+from eulerforge.models.stored import StoredReport, keep_stored, storage_of, widen_trained
 from eulerforge.training.coverage import inject_and_plan
 from eulerforge.training.estimate import Estimate
 from eulerforge.training.estimator import Estimator
@@ -156,8 +159,9 @@ def from_config(
     if config.model.load_precision.mode in QUANTIZED_MODES:
         import_bitsandbytes()  # now, so that its own 45 MiB are counted with what the process holds
     try:
-        model = meta_model(config, base_dtype(config.model.load_precision, device))
+        model, stored = _meta_model(config, folder, device)
         injected, _, phases = inject_and_plan(config, registry, model)
+        stored = stored and widen_trained(model, phases.trained_names, stored)
     except EulerForgeError as error:
         # a strategy that looks at values; what else is wrong was said by the rehearsal of the injection
         if "meta tensor" not in str(error.__cause__):
@@ -165,7 +169,16 @@ def from_config(
         return NoEstimate(error)
     layout, _ = plan_layout(config, registry, model, injected, 0, device, proven=False)
     layers = list(injected.adapter.find_transformer_layers(model))
-    return from_model(config, model, layers, phases, layout, folder, datasets, device, room)
+    return from_model(config, model, layers, phases, layout, folder, datasets, device, room, stored)
+
+
+def _meta_model(config: RunConfig, folder: Path, device: torch.device) -> tuple[Any, StoredReport | None]:
+    """The model without weights, in the precisions that loading would give it."""
+    storage = storage_of(config.model.load_precision, folder, device)
+    if storage is None:
+        return meta_model(config, base_dtype(config.model.load_precision, device)), None
+    model = meta_model(config, storage.loaded)
+    return model, keep_stored(model, storage.after(model) or storage)
 
 
 def from_model(
@@ -178,13 +191,14 @@ def from_model(
     datasets: Datasets | None,
     device: torch.device,
     room: Room | None = None,
+    stored: StoredReport | None = None,
 ) -> Estimated | NoEstimate:
     """The estimate of a run whose model is injected and isolated, loaded or on the meta device.
 
     None where a layer cannot be computed by itself on a few tokens, whatever it raises: a plugin's may want weights
     that are not zero, or a layer below it.
     """
-    file_dtype = stored_dtype(folder, trust_remote_code=config.model.trust_remote_code)
+    file_dtype = file_dtype_of(folder)
     rows: TokenizedRows | None = datasets.train if datasets is not None else None
     batch = largest_micro_batch(config, layout, rows)
     one_length = rows is not None and len(rows) > 0 and bool((rows.lengths == rows.lengths[0]).all())
@@ -201,6 +215,7 @@ def from_model(
             ever_trained=phases.trained_names,
             one_length=one_length,
             room=room,
+            stored=stored,
         )
 
     made = []

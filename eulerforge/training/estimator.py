@@ -16,7 +16,9 @@ from torch import nn
 
 from eulerforge.data.packing import Layout
 from eulerforge.models.device import base_dtype
-from eulerforge.models.quantized import QUANTIZED_MODES, parameter_count, plan_of
+from eulerforge.models.processor import QUANTIZED_MODES
+from eulerforge.models.quantized import parameter_count, plan_of
+from eulerforge.models.stored import StoredReport
 from eulerforge.training.attention import heads_of
 from eulerforge.training.document_blocks import kept_numbers
 from eulerforge.training.estimate import Estimate
@@ -68,9 +70,10 @@ class Estimator:
         ever_trained: Sequence[str],
         one_length: bool = False,
         room: Room | None = None,
+        stored: StoredReport | None = None,
     ) -> None:
         self.config, self.model, self.layers, self.layout = config, model, list(layers), layout
-        self.device, self.file_dtype = device, file_dtype
+        self.device, self.file_dtype, self.stored = device, file_dtype, stored
         self.dtype = base_dtype(config.model.load_precision, device)
         self.kernels = KERNELS_OF_ONE_LENGTH if one_length else KEPT
         self._recorded: dict[Any, LayerBlocks] = {}
@@ -182,6 +185,15 @@ class Estimator:
             if self.device.type == "cuda":
                 return quantized, quantized + one * (self.dtype.itemsize + 2), again
             return quantized, load + (quantized if mapped else 0), again
+        if self.stored is not None:
+            half, rest = (
+                self.stored.bytes,
+                plain - self.stored.bytes // self.stored.dtype.itemsize * self.dtype.itemsize,
+            )
+            if self.stored.in_place and self.device.type == "cpu":
+                # its pages are there since loading looked at every weight
+                return read + rest, read + rest, 0
+            return half + rest, load, 0
         anew = sum(layer.laid_out if mapped else layer.grown for layer in layers)
         return plain + anew, load, 0
 

@@ -20,7 +20,6 @@ from eulerforge.config.schema import DataConfig, RunConfig
 from eulerforge.config.structure import leaf_keys
 from eulerforge.errors import CheckpointError, Problem, UsageError
 from eulerforge.models.device import DTYPE_NAMES
-from eulerforge.models.quantized import QUANTIZED_MODES
 
 if TYPE_CHECKING:
     from eulerforge.plugins import Registry
@@ -59,10 +58,10 @@ def identity(run: Run, registry: Registry, weights: Mapping[str, Any], total_ste
     # as it came out, whatever was asked for: the cut decides the order of the sums
     training["tokens_per_micro_batch"] = run.layout.token_budget
     precision = attrs.asdict(config.model.load_precision)
-    if precision["mode"] == "auto":
-        precision["mode"] = DTYPE_NAMES.get(run.dtype, str(run.dtype))
-    if precision["compute_dtype"] == "auto" and precision["mode"] in QUANTIZED_MODES:
-        precision["compute_dtype"] = DTYPE_NAMES.get(run.dtype, str(run.dtype))
+    computed = DTYPE_NAMES.get(run.dtype, str(run.dtype))
+    if precision["mode"] == "auto":  # whatever it is stored as, it has the numbers of this
+        precision["mode"] = computed
+    precision["compute_dtype"] = "auto" if precision["mode"] == computed else computed
     # a permission changes no number
     del precision["allow_unquantized_experts"]
     flat: dict[str, Any] = {

@@ -1,0 +1,211 @@
+"""Frozen linear weights that stay in the half precision of their file where a run multiplies in fp32.
+
+A processor without bf16 products multiplies fp32 alone at speed. Most checkpoints are bf16, and every bf16 number is an
+fp32 one: the weight is widened as it is multiplied, so a run has the bits of one whose weights are fp32, at half their
+memory, and they stay the file's own pages. Embeddings, output head, norms, routers, fused experts and a vision tower
+are widened once, when the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eulerforge.config.schema import LoadPrecision
+from eulerforge.errors import ModelError
+from eulerforge.models.dequantized import PART, linear
+from eulerforge.models.device import DTYPE_NAMES, base_dtype
+from eulerforge.models.room import room
+from eulerforge.models.sizes import gib
+from eulerforge.models.soundness import dtypes_of, file_dtype_of, is_quantized
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+FEW_ROWS = 16
+"""Up to so many rows the time is that of reading the weight, as for each new token of a sample."""
+
+
+class StoredLinear(nn.Linear):
+    """A linear layer whose weight (out, in) is stored in half precision and multiplied in fp32."""
+
+    compute_dtype = torch.float32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self.compute_dtype:
+            # model code that casts its states to the weight's precision would lose what fp32 was chosen for
+            raise ModelError(
+                f"a layer that multiplies in fp32 got {str(x.dtype).removeprefix('torch.')} states: the model's code"
+                " casts them to the precision that the weight is stored in",
+                key="model.load_precision.mode",
+                hint="--set model.load_precision.mode=fp32 stores what it multiplies",
+            )
+        few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * self.in_features and not torch.is_grad_enabled()
+        return self._in_parts(x) if few and not torch.compiler.is_compiling() else linear(self, x)
+
+    def dequantize_into(self, out_OI: torch.Tensor) -> None:
+        """Write the weight into ``out_OI``."""
+        out_OI.copy_(self.weight.detach())
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as a tensor of its own."""
+        return self.weight.detach().to(dtype)
+
+    def plain(self) -> None:
+        """Make this an ``nn.Linear`` that stores what it multiplies, in place, its parameter the same object."""
+        self.weight.data = self.dequantized(torch.float32)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def _in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """Widened and multiplied while it is in the cache: half the bytes of an fp32 weight are read."""
+        made = x.new_empty(*x.shape[:-1], self.out_features)
+        count = max(1, PART // self.in_features)
+        for first in range(0, self.out_features, count):
+            rows = slice(first, min(first + count, self.out_features))
+            part_PI = room("stored part", (rows.stop - first, self.in_features), x).copy_(self.weight[rows])
+            made[..., rows] = F.linear(x, part_PI, None if self.bias is None else self.bias[rows])
+        return made
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, stored={self.weight.dtype}"
+
+
+class StoredOps:
+    """Reading a stored weight, and the plain layer that a merge puts in its place."""
+
+    def dequantize(self, module: Any) -> torch.Tensor:
+        weight: torch.Tensor = module.dequantized(torch.float32)
+        return weight
+
+    @torch.no_grad()
+    def plain(self, module: Any, weight: torch.Tensor) -> nn.Module:
+        module.plain()
+        module.weight.copy_(weight)
+        return module  # type: ignore[no-any-return]
+
+
+@attrs.frozen(kw_only=True)
+class Storage:
+    """How a base is stored: ``dtype`` is that of its linear layers, ``loaded`` the one in which all of it is loaded.
+
+    ``by_file`` is whether nobody asked for it: then only what loses nothing is stored so.
+    """
+
+    dtype: torch.dtype
+    loaded: torch.dtype
+    by_file: bool
+
+    def after(self, model: Any) -> Storage | None:
+        """What to load in instead, where ``model``, loaded so or on the meta device, computed numbers of its own in it.
+
+        As Gemma 3 does with the scale of its embedding, which is no weight: they would be rounded.
+        """
+        saved = model.state_dict().keys()
+        rounds = any(buffer.dtype == self.loaded for name, buffer in model.named_buffers() if name not in saved)
+        return attrs.evolve(self, loaded=torch.float32) if rounds and self.loaded != torch.float32 else None
+
+
+def storage_of(precision: LoadPrecision, folder: Path, device: torch.device) -> Storage | None:
+    """How a base is stored; None where it stores what it multiplies, or is quantized.
+
+    ``auto`` stores so on the CPU alone: on a card a weight would be widened in a pass of its own.
+
+    Raises:
+        ModelError: a file's header cannot be read.
+    """
+    if precision.mode not in ("auto", *HALVES) or base_dtype(precision, device) != torch.float32:
+        return None
+    file_dtype, by_file = file_dtype_of(folder), precision.mode == "auto"
+    dtype = file_dtype if by_file else HALVES[precision.mode]
+    if by_file and (device.type != "cpu" or dtype not in HALVES.values() or is_quantized(folder)):
+        return None
+    # of a file of two precisions the wider one would be rounded on the way
+    loaded = torch.float32 if file_dtype == dtype and len(dtypes_of(folder)) > 1 else dtype
+    return Storage(dtype=dtype, loaded=loaded, by_file=by_file)
+
+
+@attrs.frozen(kw_only=True)
+class StoredReport:
+    """How many layers are stored in ``dtype``, their bytes there, and how many are not: they would lose, or train.
+
+    ``by_file`` is whether nobody asked for it, ``in_place`` whether all was loaded in that precision, so that on the
+    CPU they are the file's own pages.
+    """
+
+    dtype: torch.dtype
+    count: int
+    bytes: int
+    left: int
+    by_file: bool
+    in_place: bool
+    trained: int = 0
+
+    def line(self) -> str:
+        said = (
+            f"weights: {self.count} linear layers stay {DTYPE_NAMES[self.dtype]}, {gib(self.bytes)} instead of"
+            f" {gib(2 * self.bytes)}, and are multiplied in fp32"
+        )
+        said += f"; {self.left} hold numbers that it cannot hold and are fp32" if self.left else ""
+        return said + (f"; {self.trained} train, in fp32" if self.trained else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """For the receipt."""
+        return {"dtype": DTYPE_NAMES[self.dtype], "layers": self.count, "left": self.left, "trained": self.trained}
+
+
+@torch.no_grad()
+def keep_stored(model: Any, storage: Storage) -> StoredReport:
+    """Store the decoder's frozen linear weights in ``storage.dtype``, in place, and all else in fp32.
+
+    A tied weight stays tied. On the meta device every layer is taken as one that loses nothing.
+    """
+    layers = getattr(model.get_decoder(), "layers", ()) if hasattr(model, "get_decoder") else ()
+    stored, left = [], 0
+    for module in [module for layer in layers for module in layer.modules() if type(module) is nn.Linear]:
+        was, weight = module.weight.data, module.weight.data.to(storage.dtype)
+        loses = weight.dtype != was.dtype and not was.is_meta and not torch.equal(weight.to(was.dtype), was)
+        if storage.by_file and loses:
+            left += 1
+            continue
+        module.weight.data = weight
+        module.__class__ = StoredLinear
+        stored.append(module)
+    kept = {id(module.weight) for module in stored}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in kept and tensor.dtype in HALVES.values():
+            tensor.data = tensor.data.float()
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.dtype = torch.float32
+    return StoredReport(
+        dtype=storage.dtype,
+        count=len(stored),
+        bytes=sum(module.weight.nbytes for module in stored),
+        left=left,
+        by_file=storage.by_file,
+        in_place=storage.loaded == storage.dtype,
+    )
+
+
+def widen(model: nn.Module, names: Iterable[str]) -> list[StoredLinear]:
+    """Make plain, in fp32, the layers of the parameters ``names``, which will hold what their file could not."""
+    trained = {name.rpartition(".")[0] for name in names}
+    found = [module for path, module in model.named_modules() if path in trained and isinstance(module, StoredLinear)]
+    for module in found:
+        module.plain()
+    return found
+
+
+def widen_trained(model: nn.Module, names: Iterable[str], report: StoredReport) -> StoredReport:
+    """Make plain what a phase trains.
+
+    Not where the preset itself names a half precision, in which no weight trains: the optimizer refuses it.
+    """
+    if not report.by_file:
+        return report
+    found = widen(model, names)
+    size = sum(module.weight.numel() for module in found) * report.dtype.itemsize
+    return attrs.evolve(report, count=report.count - len(found), bytes=report.bytes - size, trained=len(found))

@@ -1,0 +1,225 @@
+"""A bf16 checkpoint on a processor without bf16 products: half the memory of fp32 weights, and the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinyrun
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, write_rows
+
+from eulerforge.cli.main import main
+from eulerforge.export.rundir import open_run
+from eulerforge.lora.merge import merge_in_place
+from eulerforge.models import processor
+from eulerforge.models.linear_ops import linear_ops_from
+from eulerforge.models.stored import StoredLinear
+from eulerforge.plugins import load_registry
+from eulerforge.testing.tiny_models import FAMILIES
+from eulerforge.training.receipt import read_receipt
+
+REGISTRY = load_registry()
+AUTO = {"model__load_precision__mode": "auto"}
+CHANGES: dict[str, Any] = {
+    "backbone": "auto",
+    "injection__lora_dropout": 0.1,
+    "injection__attn_lora__keywords": ["q_proj", "v_proj"],
+    "training__max_train_steps": 3,
+    "training__batch_size": 4,
+    "data__validation__size": 4,
+    "evaluation__samples": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_products_of_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies fp32 alone, whichever the tests run on."""
+    monkeypatch.setattr(processor, "has_products", lambda half: False)
+
+
+def prepared(folder: Path, family: str = "llama3", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A tiny model whose file has this precision, and rows."""
+    base = save_tiny(folder / "base", family)
+    for path in base.glob("*.safetensors"):
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    write_rows(folder / "rows.jsonl", 24)
+    return folder
+
+
+def stored(model: Any) -> dict[str, StoredLinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, StoredLinear)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_has_the_bits_of_fp32_weights(family: str, tmp_path: Path) -> None:
+    prepared(tmp_path, family)
+    for mode in ("auto", "fp32"):
+        changes = {**CHANGES, "model__load_precision__mode": mode, "output_dir": str(tmp_path / mode)}
+        assert main(tinyrun.arguments(tmp_path, **changes)) == 0
+    ours, theirs = (load_file(tmp_path / mode / "final" / "adapter.safetensors") for mode in ("auto", "fp32"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert tinyrun.metrics(tmp_path / "auto") == tinyrun.metrics(tmp_path / "fp32")
+    facts = [read_receipt(tmp_path / mode)["stored"] for mode in ("auto", "fp32")]
+    assert facts[0]["dtype"] == "bf16"
+    assert facts[0]["layers"] > 0
+    assert (facts[0]["left"], facts[1]) == (0, None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_number_of_the_loaded_model_is_that_of_an_fp32_one(family: str, tmp_path: Path) -> None:
+    """The scale that Gemma 3 computes for its embedding too, which is no weight and would be rounded to bf16."""
+    prepared(tmp_path, family)
+    run = tinyrun.assembled(tmp_path, **CHANGES, **AUTO)
+    wide = tinyrun.assembled(tmp_path, **CHANGES, model__load_precision__mode="fp32")
+    layers = stored(run.model)
+    assert len(layers) == run.stored.count > 0
+    assert all(module.weight.dtype == torch.bfloat16 for module in layers.values())
+    assert run.stored.bytes == sum(module.weight.nbytes for module in layers.values())
+    kept = {f"{path}.weight" for path in layers}
+    theirs = dict(wide.model.named_parameters()) | dict(wide.model.named_buffers())
+    for name, tensor in (*run.model.named_parameters(), *run.model.named_buffers()):
+        assert name in kept or tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor.to(theirs[name].dtype), theirs[name]), name
+
+
+def test_the_run_says_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared(tmp_path)
+    assert main(tinyrun.arguments(tmp_path, **CHANGES, **AUTO)) == 0
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if "linear layers stay bf16" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("and are multiplied in fp32")
+
+
+def test_the_file_may_be_fp16_too(tmp_path: Path) -> None:
+    prepared(tmp_path, dtype=torch.float16)
+    run = tinyrun.assembled(tmp_path, **CHANGES, **AUTO)
+    assert {module.weight.dtype for module in stored(run.model).values()} == {torch.float16}
+    assert run.dtype == torch.float32
+
+
+def test_numbers_that_bf16_cannot_hold_stay_fp32(tmp_path: Path) -> None:
+    """One layer of the file in fp32: nothing of it may be rounded on the way, and the run says that it is one."""
+    prepared(tmp_path)
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name] = tensors[name].float() * 1.001
+    save_file(tensors, path, {"format": "pt"})
+    run = tinyrun.assembled(tmp_path, **CHANGES, **AUTO)
+    assert run.stored.left == 1
+    assert "; 1 hold numbers that it cannot hold and are fp32" in run.stored.line()
+    weight = run.model.get_submodule(name.removesuffix(".weight")).weight
+    assert torch.equal(weight, tensors[name])
+
+
+def test_an_fp32_file_is_loaded_as_it_is(tmp_path: Path) -> None:
+    tinyrun.prepare(tmp_path)
+    run = tinyrun.assembled(tmp_path, **CHANGES, **AUTO)
+    assert run.stored is None
+    assert not stored(run.model)
+
+
+def test_a_named_half_is_stored_and_not_multiplied(tmp_path: Path) -> None:
+    """``mode = bf16``, as a preset for a card has it: it ran 30 times slower here, number by number."""
+    tinyrun.prepare(tmp_path)
+    run = tinyrun.assembled(tmp_path, **CHANGES, model__load_precision__mode="bf16")
+    assert run.dtype == torch.float32
+    assert {module.weight.dtype for module in stored(run.model).values()} == {torch.bfloat16}
+    assert not run.warnings
+    asked = {"model__load_precision__mode": "bf16", "model__load_precision__compute_dtype": "bf16"}
+    assert tinyrun.assembled(tmp_path, **CHANGES, **asked).dtype == torch.bfloat16
+
+
+def test_what_a_phase_trains_is_fp32_and_comes_back_as_it_was_trained(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    phases = [{"step": 0, "trainable": ["lora", "attn_lora", "base_ffn"]}]
+    changes = {**CHANGES, **AUTO, "training__phases": phases, "training__scheduler": "constant"}
+    assert main(tinyrun.arguments(tmp_path, **changes)) == 0
+    facts = read_receipt(tmp_path / "run")["stored"]
+    assert facts["trained"] > 0
+    trained = open_run(tmp_path / "run", registry=REGISTRY, device="cpu")
+    assert trained.trained_base
+    live = {name.replace(".base_layer.", "."): tensor for name, tensor in trained.model.named_parameters()}
+    rounded = 0
+    for name, tensor in trained.trained_base.items():
+        assert torch.equal(live[name], tensor), name
+        rounded += not torch.equal(tensor.bfloat16().float(), tensor)
+    assert rounded, "nothing trained that bf16 could not hold"
+    assert main([*tinyrun.arguments(tmp_path, **{**changes, "training__max_train_steps": 4}), "--resume"]) == 0
+
+
+def test_a_run_goes_on_with_weights_stored_the_other_way(tmp_path: Path) -> None:
+    """They have the same numbers, so it is no change of the run."""
+    prepared(tmp_path)
+    changes = {**CHANGES, "training__scheduler": "constant", "training__save_steps": 3}
+    assert main(tinyrun.arguments(tmp_path, **changes, **AUTO)) == 0
+    longer = {**changes, "training__max_train_steps": 5}
+    assert main([*tinyrun.arguments(tmp_path, **longer, model__load_precision__mode="fp32"), "--resume"]) == 0
+
+
+def test_a_merge_rounds_nothing(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    assert main(tinyrun.arguments(tmp_path, **CHANGES, **AUTO)) == 0
+    trained = open_run(tmp_path / "run", registry=REGISTRY, device="cpu")
+    ids = torch.randint(5, 100, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        live = trained.model.eval()(input_ids=ids, use_cache=False).logits
+        merge_in_place(trained.model, linear_ops_from(REGISTRY))
+        merged = trained.model(input_ids=ids, use_cache=False).logits
+    assert (merged - live).abs().max() < 1e-5
+    assert main(["merge", str(tmp_path / "run"), "--output", str(tmp_path / "merged")]) == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+
+
+def test_a_few_rows_are_multiplied_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each new token of a sample is: against the product of the widened weight, biases and odd shapes too."""
+    from eulerforge.models import stored as module
+
+    monkeypatch.setattr(module, "PART", 100)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 37, dtype=torch.bfloat16).requires_grad_(False)
+    layer.__class__ = StoredLinear
+    layer.bias.data = layer.bias.data.float()
+    x = torch.randn(2, 3, 24)
+    expected = torch.nn.functional.linear(x, layer.weight.float(), layer.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6)
+    assert torch.equal(layer(x.requires_grad_()), expected)
+
+
+def test_states_that_the_model_casts_to_the_stored_precision_are_refused() -> None:
+    from eulerforge.errors import ModelError
+
+    layer = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+    layer.__class__ = StoredLinear
+    with pytest.raises(ModelError, match="got bfloat16 states"):
+        layer(torch.ones(1, 8, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("mode", "compute"), [("fp32", "bf16"), ("bf16", "fp16"), ("fp16", "bf16")])
+def test_a_precision_that_would_say_nothing_is_refused(
+    mode: str, compute: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"model__load_precision__mode": mode, "model__load_precision__compute_dtype": compute}
+    assert main(tinyrun.arguments(tinyrun.prepare(tmp_path), **asked)) == 2
+    said = capsys.readouterr().err
+    assert "compute_dtype" in said
+    assert f"--set model.load_precision.mode={compute}" in said
+
+
+def test_what_is_forecast_is_what_is_kept(tmp_path: Path) -> None:
+    """The estimate's weights, made from config and headers alone, and those of the loaded model: the file's own pages,
+    which loading has looked at, and what is fp32 beside them."""
+    prepared(tmp_path)
+    run = tinyrun.assembled(tmp_path, estimates=True, **CHANGES, **AUTO)
+    file = sum(tensor.nbytes for tensor in load_file(tmp_path / "base" / "model.safetensors").values())
+    kept = {f"{path}.weight" for path in stored(run.model)}
+    wide = {name: p for name, p in run.model.named_parameters() if name not in kept and "lora_" not in name}
+    assert run.estimated.found.weights == file + sum(parameter.nbytes for parameter in wide.values())
