@@ -19,7 +19,7 @@ from torch import nn
 
 from eulerforge.config.schema import LoadPrecision
 from eulerforge.errors import ModelError
-from eulerforge.models.dequantized import PART, linear
+from eulerforge.models.dequantized import linear
 from eulerforge.models.device import DTYPE_NAMES, base_dtype
 from eulerforge.models.room import room
 from eulerforge.models.sizes import gib
@@ -28,6 +28,8 @@ from eulerforge.models.soundness import dtypes_of, file_dtype_of, is_quantized
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FEW_ROWS = 16
 """Up to so many rows the time is that of reading the weight, as for each new token of a sample."""
+PART = 1 << 20
+"""Numbers that are widened and multiplied at a time: 4 MiB of fp32 stay in the cache, and the calls cost little."""
 
 
 class StoredLinear(nn.Linear):

@@ -40,7 +40,7 @@ def held_out_loss(folder: Path, mode: str, before: str = "") -> float:
 
 
 @pytest.mark.skipif(
-    slow_products(LoadPrecision(mode="bf16"), torch.device("cpu")) is not None,
+    slow_products(LoadPrecision(compute_dtype="bf16"), torch.device("cpu")) is not None,
     reason="this processor multiplies bf16 matrices so slowly that it takes hours",
 )
 def test_bf16_learns_what_fp32_learns_and_two_products_do_not(tmp_path: Path) -> None:

@@ -73,11 +73,12 @@ def command(made: Path, *more: str, **changes: Any) -> dict[str, Any]:
 
 CELLS = [
     {"model__load_precision__mode": "bf16", "injection__lora_dropout": 0.05},
+    {"model__load_precision__compute_dtype": "fp32", "injection__lora_dropout": 0.05},
     {"model__load_precision__mode": "fp32", "training__gradient_checkpointing": "all", "data__packing": "off"},
 ]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=["bf16", "fp32-computed-again"])
+@pytest.mark.parametrize("cell", CELLS, ids=["bf16", "bf16-multiplied-in-fp32", "fp32-computed-again"])
 def test_the_estimate_is_what_the_run_takes_on_the_cpu(made: Path, cell: dict[str, Any]) -> None:
     estimated = command(made, "--preflight", **cell)["memory"]
     measured = command(made, "--overwrite", **cell)["peak_memory_bytes"]
@@ -89,7 +90,7 @@ def test_the_estimate_is_what_the_run_takes_on_the_cpu(made: Path, cell: dict[st
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("cell", CELLS, ids=["bf16", "fp32-computed-again"])
+@pytest.mark.parametrize("cell", CELLS, ids=["bf16", "bf16-multiplied-in-fp32", "fp32-computed-again"])
 def test_the_estimate_is_what_the_run_allocates_on_cuda(made: Path, cell: dict[str, Any]) -> None:
     cell = {**cell, "device": "cuda"}
     estimated = command(made, "--preflight", **cell)["memory"]

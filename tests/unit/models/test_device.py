@@ -7,7 +7,8 @@ import torch
 
 from eulerforge.config.schema import LoadPrecision
 from eulerforge.models import device as room
-from eulerforge.models.device import slow_products
+from eulerforge.models import processor
+from eulerforge.models.device import base_dtype, slow_products
 
 CPU = torch.device("cpu")
 
@@ -27,8 +28,8 @@ def seconds_of(halves: float, monkeypatch: pytest.MonkeyPatch) -> list[torch.dty
 @pytest.mark.parametrize(
     ("precision", "key"),
     [
-        (LoadPrecision(mode="bf16"), "mode"),
-        (LoadPrecision(mode="fp16"), "mode"),
+        (LoadPrecision(mode="bf16", compute_dtype="bf16"), "compute_dtype"),
+        (LoadPrecision(compute_dtype="fp16"), "compute_dtype"),
         (LoadPrecision(mode="int4", compute_dtype="bf16"), "compute_dtype"),
     ],
 )
@@ -44,7 +45,7 @@ def test_slow_products_are_said_with_the_setting_that_is_faster(
 
 def test_fast_products_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds_of(0.3, monkeypatch)
-    assert slow_products(LoadPrecision(mode="bf16"), CPU) is None
+    assert slow_products(LoadPrecision(mode="bf16", compute_dtype="bf16"), CPU) is None
 
 
 @pytest.mark.parametrize("mode", ["auto", "fp32", "int8"])
@@ -53,6 +54,28 @@ def test_nothing_is_timed_where_the_user_names_no_half(mode: str, monkeypatch: p
     assert slow_products(LoadPrecision(mode=mode), CPU) is None
     assert slow_products(LoadPrecision(mode="bf16"), torch.device("cuda")) is None
     assert not timed
+
+
+@pytest.mark.parametrize(
+    ("mode", "compute", "words", "dtype"),
+    [
+        ("auto", "auto", "avx512_bf16", torch.bfloat16),
+        ("auto", "auto", "avx2", torch.float32),
+        ("auto", "fp32", "avx512_bf16", torch.float32),
+        ("bf16", "auto", "amx_bf16", torch.bfloat16),
+        ("bf16", "auto", "avx2", torch.float32),  # stored as bf16, multiplied at speed
+        ("bf16", "bf16", "avx2", torch.bfloat16),  # as it was asked for, however slow
+        ("fp16", "auto", "avx512_bf16", torch.float32),
+        ("fp16", "auto", "avx512_fp16", torch.float16),
+        ("int4", "auto", "avx2", torch.float32),
+        ("int4", "bf16", "avx2", torch.bfloat16),
+    ],
+)
+def test_a_half_is_multiplied_where_the_processor_can_or_the_preset_says_so(
+    mode: str, compute: str, words: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "has_products", lambda half: words in processor.HALVES[half])
+    assert base_dtype(LoadPrecision(mode=mode, compute_dtype=compute), CPU) == dtype
 
 
 def test_the_products_are_really_timed() -> None:
@@ -68,5 +91,5 @@ def test_the_card_that_is_asked_for_decides_about_bf16(
     """Not the current one: torch's own question takes no device."""
     asked: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
-    assert room.pick_dtype("auto", torch.device("cuda", 1)) == dtype
+    assert base_dtype(LoadPrecision(), torch.device("cuda", 1)) == dtype
     assert asked == [torch.device("cuda", 1)]

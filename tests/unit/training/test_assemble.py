@@ -50,7 +50,12 @@ def test_what_was_read_and_what_is_risky_is_said(prepared: Path, tmp_path: Path)
     from eulerforge.plugins import load_registry
 
     said: list[str] = []
-    config = tinyrun.loaded(prepared, data__validation__size=4, model__load_precision__mode="fp16").run
+    config = tinyrun.loaded(
+        prepared,
+        data__validation__size=4,
+        model__load_precision__mode="fp16",
+        model__load_precision__compute_dtype="fp16",
+    ).run
     run = room.assemble(config, load_registry(), out=tmp_path, say=said.append)
     assert any("24 rows read" in line for line in said)
     assert (len(run.datasets.train), len(run.datasets.validation)) == (20, 4)

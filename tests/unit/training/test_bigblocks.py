@@ -39,7 +39,7 @@ def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         ("off", "bf16", True, False),
         ("off", "auto", True, False),
         ("off", "auto", False, True),  # auto is fp32 there
-        ("off", "bf16", False, False),
+        ("off", "bf16", False, True),
         ("off", "fp32", True, True),
         ("off", "int8", True, False),
         ("off", "int4", False, True),
@@ -50,7 +50,7 @@ def test_the_users_own_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_runs_that_gain_get_it(
     monkeypatch: pytest.MonkeyPatch, again: str, mode: str, bf16: bool, gains: bool
 ) -> None:
-    monkeypatch.setattr(processor, "has_bf16_products", lambda: bf16)
+    monkeypatch.setattr(processor, "has_products", lambda half: bf16)
     monkeypatch.setenv(VARIABLE, "")
     monkeypatch.delenv(VARIABLE)
     align_big_blocks(
@@ -71,6 +71,6 @@ def test_large_tensors_begin_at_the_border_of_a_page() -> None:
 
 @pytest.mark.parametrize(("again", "told"), [("all", "1"), ("off", "None")])
 def test_the_command_says_it_before_torch(again: str, told: str) -> None:
-    settings = [f"training.gradient_checkpointing={again}", "model.load_precision.mode=bf16"]
+    settings = [f"training.gradient_checkpointing={again}", "model.load_precision.compute_dtype=bf16"]
     arguments = ["train", "--preset", "quickstart", *(word for setting in settings for word in ("--set", setting))]
     assert said_before_torch(arguments, [VARIABLE]) == told

@@ -239,10 +239,11 @@ def test_the_gradient_of_bf16_states_is_scaled_in_fp32() -> None:
 MEASURE = """
 import sys, torch
 from torch import nn
-from eulerforge.models.device import pick_dtype
+from eulerforge.config.schema import LoadPrecision
+from eulerforge.models.device import base_dtype
 from eulerforge.training.loss import summed_cross_entropy
 torch.set_num_threads(1)
-dtype = pick_dtype("auto", torch.device("cpu"))
+dtype = base_dtype(LoadPrecision(), torch.device("cpu"))
 def high(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":"))
 vocabulary, tokens, width = int(sys.argv[1]), 2100, 64
