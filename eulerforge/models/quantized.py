@@ -232,6 +232,7 @@ def _int4(linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn
         )
     weight = linear.weight.detach()
     made.weight = Params4bit(weight, requires_grad=False, module=made, **settings).to(device)
+    made.weight.quant_state.dtype = plan.dtype  # of the products, whatever the file's is
     made.bias = linear.bias
     # with this flag one forward in eval mode repacks the weight in place for AVX512-BF16; gradients, state dict and
     # dequantized weight are wrong from then on, and nothing says so

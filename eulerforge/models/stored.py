@@ -112,16 +112,17 @@ class Storage:
 
 
 def storage_of(precision: LoadPrecision, folder: Path, device: torch.device) -> Storage | None:
-    """How a base is stored; None where it stores what it multiplies, or is quantized.
+    """How a base is loaded and stored; None where it stores what it multiplies.
 
-    ``auto`` stores so on the CPU alone: on a card a weight would be widened in a pass of its own.
+    ``auto`` stores so on the CPU alone: on a card a weight would be widened in a pass of its own. A base to quantize is
+    loaded so, and what of it is not quantized is stored so.
 
     Raises:
         ModelError: a file's header cannot be read.
     """
-    if precision.mode not in ("auto", *HALVES) or base_dtype(precision, device) != torch.float32:
+    if precision.mode == "fp32" or base_dtype(precision, device) != torch.float32:
         return None
-    file_dtype, by_file = file_dtype_of(folder), precision.mode == "auto"
+    file_dtype, by_file = file_dtype_of(folder), precision.mode not in HALVES
     dtype = file_dtype if by_file else HALVES[precision.mode]
     if by_file and (device.type != "cpu" or dtype not in HALVES.values() or is_quantized(folder)):
         return None
@@ -134,8 +135,7 @@ def storage_of(precision: LoadPrecision, folder: Path, device: torch.device) -> 
 class StoredReport:
     """How many layers are stored in ``dtype``, their bytes there, and how many are not: they would lose, or train.
 
-    ``by_file`` is whether nobody asked for it, ``in_place`` whether all was loaded in that precision, so that on the
-    CPU they are the file's own pages.
+    ``by_file`` is whether nobody asked for it, ``loaded`` the precision in which all was loaded at first.
     """
 
     dtype: torch.dtype
@@ -143,10 +143,15 @@ class StoredReport:
     bytes: int
     left: int
     by_file: bool
-    in_place: bool
+    loaded: torch.dtype
     trained: int = 0
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to say: of a quantized base all layers may be quantized."""
+        return bool(self.count or self.left or self.trained)
+
     def line(self) -> str:
+        """What a run says."""
         said = (
             f"weights: {self.count} linear layers stay {DTYPE_NAMES[self.dtype]}, {gib(self.bytes)} instead of"
             f" {gib(2 * self.bytes)}, and are multiplied in fp32"
@@ -160,12 +165,13 @@ class StoredReport:
 
 
 @torch.no_grad()
-def keep_stored(model: Any, storage: Storage) -> StoredReport:
+def keep_stored(model: Any, storage: Storage, *, linears: bool = True) -> StoredReport:
     """Store the decoder's frozen linear weights in ``storage.dtype``, in place, and all else in fp32.
 
-    A tied weight stays tied. On the meta device every layer is taken as one that loses nothing.
+    A tied weight stays tied. On the meta device every layer is taken as one that loses nothing. Without ``linears``
+    they are fp32 too, as of a model without weights that is to be quantized.
     """
-    layers = getattr(model.get_decoder(), "layers", ()) if hasattr(model, "get_decoder") else ()
+    layers = getattr(model.get_decoder(), "layers", ()) if linears and hasattr(model, "get_decoder") else ()
     stored, left = [], 0
     for module in [module for layer in layers for module in layer.modules() if type(module) is nn.Linear]:
         was, weight = module.weight.data, module.weight.data.to(storage.dtype)
@@ -188,7 +194,7 @@ def keep_stored(model: Any, storage: Storage) -> StoredReport:
         bytes=sum(module.weight.nbytes for module in stored),
         left=left,
         by_file=storage.by_file,
-        in_place=storage.loaded == storage.dtype,
+        loaded=storage.loaded,
     )
 
 

@@ -174,8 +174,8 @@ def assemble(
         shortage.estimate = lambda: early or from_config(config, registry, source.folder, datasets, device, room)
     loaded = load_model(config, device=device, tokenizer=tokenizer, source=source, say=say)
     injected, groups, phases = inject_and_plan(config, registry, loaded.model)
-    stored = loaded.stored and widen_trained(loaded.model, phases.trained_names, loaded.stored)
-    if stored is not None:
+    stored = loaded.stored
+    if stored is not None and (stored := widen_trained(loaded.model, phases.trained_names, stored)):
         say(stored.line())
     warnings = [*injected.warnings, *phases.warnings, *(parity.warnings if parity is not None else ())]
     rows = int(loaded.model.get_input_embeddings().weight.shape[0])

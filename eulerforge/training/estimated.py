@@ -161,7 +161,7 @@ def from_config(
     try:
         model, stored = _meta_model(config, folder, device)
         injected, _, phases = inject_and_plan(config, registry, model)
-        stored = stored and widen_trained(model, phases.trained_names, stored)
+        stored = widen_trained(model, phases.trained_names, stored) if stored is not None else None
     except EulerForgeError as error:
         # a strategy that looks at values; what else is wrong was said by the rehearsal of the injection
         if "meta tensor" not in str(error.__cause__):
@@ -177,8 +177,8 @@ def _meta_model(config: RunConfig, folder: Path, device: torch.device) -> tuple[
     storage = storage_of(config.model.load_precision, folder, device)
     if storage is None:
         return meta_model(config, base_dtype(config.model.load_precision, device)), None
-    model = meta_model(config, storage.loaded)
-    return model, keep_stored(model, storage.after(model) or storage)
+    model, quantized = meta_model(config, storage.loaded), config.model.load_precision.mode in QUANTIZED_MODES
+    return model, keep_stored(model, storage.after(model) or storage, linears=not quantized)
 
 
 def from_model(

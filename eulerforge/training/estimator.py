@@ -170,10 +170,12 @@ class Estimator:
         """Bytes of the weights in a step, at the peak of loading them, and of the largest that is made plain again."""
         read = self.base_numbers * self.file_dtype.itemsize
         plain = self.base_numbers * self.dtype.itemsize
+        at_first = self.dtype if self.stored is None else self.stored.loaded
+        loaded = self.base_numbers * at_first.itemsize
         # weights in the precision of their file are the file's own pages, for as long as one of them is used
-        mapped = self.device.type == "cpu" and self.file_dtype == self.dtype
+        mapped = self.device.type == "cpu" and self.file_dtype == at_first
         # a card gets each weight in its last precision; the file is read into the main memory
-        load = plain if mapped or self.device.type == "cuda" else plain + read
+        load = loaded if mapped or self.device.type == "cuda" else loaded + read
         precision = self.config.model.load_precision
         if precision.mode in QUANTIZED_MODES:
             plan = plan_of(self.model, precision, self.dtype)
@@ -186,14 +188,10 @@ class Estimator:
                 return quantized, quantized + one * (self.dtype.itemsize + 2), again
             return quantized, load + (quantized if mapped else 0), again
         if self.stored is not None:
-            half, rest = (
-                self.stored.bytes,
-                plain - self.stored.bytes // self.stored.dtype.itemsize * self.dtype.itemsize,
-            )
-            if self.stored.in_place and self.device.type == "cpu":
-                # its pages are there since loading looked at every weight
-                return read + rest, read + rest, 0
-            return half + rest, load, 0
+            half, stored = self.stored.bytes // self.stored.dtype.itemsize, self.stored.bytes
+            rest = plain - half * self.dtype.itemsize
+            # loading has looked at every weight, so all pages of the file are there
+            return (read + rest, read + rest, 0) if mapped else (stored + rest, load, 0)
         anew = sum(layer.laid_out if mapped else layer.grown for layer in layers)
         return plain + anew, load, 0
 

@@ -71,7 +71,7 @@ def make_receipt(run: Run, registry: Registry, weights: dict[str, Any], run_id: 
         "device": _device_name(run.device),
         "threads": torch.get_num_threads(),
         "dtype": DTYPE_NAMES.get(run.dtype, str(run.dtype)),
-        "stored": run.stored.to_json() if run.stored is not None else None,
+        "stored": run.stored.to_json() if run.stored else None,
         "plugins": [
             {"name": record.name, "distribution": record.distribution, "version": record.version}
             for record in registry.records

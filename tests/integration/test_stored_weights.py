@@ -40,9 +40,9 @@ def _no_products_of_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "has_products", lambda half: False)
 
 
-def prepared(folder: Path, family: str = "llama3", dtype: torch.dtype = torch.bfloat16) -> Path:
+def prepared(folder: Path, family: str = "llama3", dtype: torch.dtype = torch.bfloat16, **sizes: int) -> Path:
     """A tiny model whose file has this precision, and rows."""
-    base = save_tiny(folder / "base", family)
+    base = save_tiny(folder / "base", family, **sizes)
     for path in base.glob("*.safetensors"):
         save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     write_rows(folder / "rows.jsonl", 24)
@@ -133,6 +133,30 @@ def test_a_named_half_is_stored_and_not_multiplied(tmp_path: Path) -> None:
     assert not run.warnings
     asked = {"model__load_precision__mode": "bf16", "model__load_precision__compute_dtype": "bf16"}
     assert tinyrun.assembled(tmp_path, **CHANGES, **asked).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["int4", "int8"])
+def test_a_base_to_quantize_passes_through_memory_as_its_file_has_it(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of what fp32 takes, for the same numbers; a layer whose shape no quantization fits is stored so too."""
+    from eulerforge.models import load
+
+    prepared(tmp_path, hidden_size=64, intermediate_size=96, head_dim=16)
+    asked: list[torch.dtype] = []
+    read = load._read
+    monkeypatch.setattr(load, "_read", lambda run, source, dtype: asked.append(dtype) or read(run, source, dtype))
+    changes = {**CHANGES, "model__load_precision__mode": mode}
+    assert main(tinyrun.arguments(tmp_path, **changes)) == 0
+    monkeypatch.setattr(load, "storage_of", lambda *settings: None)
+    assert main(tinyrun.arguments(tmp_path, **{**changes, "output_dir": str(tmp_path / "wide")})) == 0
+    assert asked == [torch.bfloat16, torch.float32]
+    ours, theirs = (load_file(tmp_path / run / "final" / "adapter.safetensors") for run in ("run", "wide"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert tinyrun.metrics(tmp_path / "run") == tinyrun.metrics(tmp_path / "wide")
+    facts = read_receipt(tmp_path / "run")["stored"]
+    assert (facts["dtype"], facts["layers"]) == ("bf16", 3)  # down_proj of each layer: 96 columns are no whole blocks
 
 
 def test_what_a_phase_trains_is_fp32_and_comes_back_as_it_was_trained(tmp_path: Path) -> None:
