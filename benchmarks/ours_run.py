@@ -22,7 +22,7 @@ device = "{args.device}"
 seed = {args.seed}
 output_dir = "{folder / "run"}"
 [model.load_precision]
-mode = "{args.dtype}"
+compute_dtype = "{args.dtype}"
 [injection]
 strategy = "dense_lora"
 lora_r = {args.rank}

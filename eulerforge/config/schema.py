@@ -55,7 +55,7 @@ class LoadPrecision:
                 key="compute_dtype",
                 message=f"a base in {mode} is multiplied in {'fp32' if mode == 'fp32' else f'{mode} or fp32'}, not in"
                 f" {compute}",
-                hint=f"--set model.load_precision.mode={compute}",
+                hint=f"--set model.load_precision.compute_dtype=auto, or mode={compute}",
             )
 
 

@@ -21,6 +21,7 @@ from eulerforge.errors import EulerForgeError, ModelError, PluginError
 from eulerforge.lora.coverage import Gap, Place, layer_names, uncovered
 from eulerforge.models.linear_ops import linear_ops_from
 from eulerforge.models.load import model_types
+from eulerforge.models.stored import widen
 
 if TYPE_CHECKING:
     from eulerforge.config.schema import RunConfig
@@ -77,6 +78,8 @@ def apply_injection(run: RunConfig, registry: Registry, model: nn.Module) -> Inj
     strategy_spec = registry.strategy(run.strategy)
     strategy = registry.create(strategy_spec)
     model.requires_grad_(False)
+    if not strategy_spec.stored_weights:
+        widen(model)
     context = InjectionContext(
         seed=run.seed, linear_ops=linear_ops_from(registry), partial_ok=chosen.partial_ok or run.injection.allow_partial
     )

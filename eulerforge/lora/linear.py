@@ -1,6 +1,6 @@
 """LoRALinear: y = base(x) + scaling * dropout(x) A^T B^T.
 
-Notable: where the base is a frozen linear module, plain or (on the CPU) one of ``models/quantized_linear.py``, both
+Notable: where the base is a frozen linear module, plain or (on the CPU) one of ``models/dequantized.py``, both
 terms are one matrix product (``lora/product.py``). For that a plain base weight lies beside B's columns in one tensor,
 of which ``base_layer.weight`` is a view. Nobody sees it: ``state_dict``, ``unwrap``, a move to another device and a
 phase that trains the base get the weight as it was.
@@ -22,6 +22,7 @@ from torch import nn
 from eulerforge.lora.adapted import AdaptedLinear
 from eulerforge.lora.product import aligned_empty, augmented, low_rank
 from eulerforge.models.hooks import is_hooked
+from eulerforge.models.stored import StoredLinear
 
 
 class LoRALinear(AdaptedLinear):
@@ -87,6 +88,8 @@ class LoRALinear(AdaptedLinear):
         plain = type(base).forward is nn.Linear.forward and x.dtype == weight.dtype and x.device.type != "meta"
         # on a card one more pass over the weight would cost more than the second product, which nobody has measured
         quantized = hasattr(base, "dequantize_into") and x.dtype == base.compute_dtype and x.device.type == "cpu"
+        if isinstance(base, StoredLinear) and base.reads_more(x):
+            return False
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         amp = torch.is_autocast_enabled(x.device.type)
         return (plain or quantized) and "forward" not in vars(base) and not (is_hooked(base) or trained or amp)

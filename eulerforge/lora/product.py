@@ -3,7 +3,8 @@
 ``low_rank`` is the low-rank path alone. ``augmented`` is base and path in **one** product with one rounding:
 y = [x | d(x) A^T] @ [W | s B]^T, and backward [gx | gl] = g @ [W | s B]. In bf16 that is more than speed: the sum
 base(x) + path(x) adds to a number that is rounded already, and an update below half a unit in its last place is lost.
-A quantized base on the CPU is the same product: W is dequantized into a room, forward and again backward.
+A base that is quantized, or stored in another precision, is the same product on the CPU: W is written into a room,
+forward and again backward.
 Kept from forward to backward: x (which the layers beside it keep too) or what it can be made of again, the path's r
 columns, and the dropout mask, as bits on the CPU and as the number that it is a function of elsewhere.
 Suffixes of tensor names: N rows, I in_features, O out_features, R rank, _NIR: I and R side by side in one row.
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from eulerforge.lora.dropout import draw_seed, fold, keep_mask, keep_share, masked, unfold
 from eulerforge.models.again import Recipe, recipe_of
-from eulerforge.models.room import room
+from eulerforge.models.room import WEIGHT, room
 
 Fill = Callable[[torch.Tensor], None]
 """Writes a base weight into the tensor (O, I) that it gets."""
@@ -141,7 +142,7 @@ class _Product(torch.autograd.Function):
 
 def _filled(fill: Fill, A_RI: torch.Tensor, B_OR: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[W | .] in a room, in ``like``'s precision."""
-    weight_OIR = _aligned_room("weight", len(B_OR), A_RI.shape[1] + len(A_RI), like)
+    weight_OIR = _aligned_room(WEIGHT, len(B_OR), A_RI.shape[1] + len(A_RI), like)
     fill(weight_OIR[:, : A_RI.shape[1]])
     return weight_OIR
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from eulerforge.models.room import room
+from eulerforge.models.room import WEIGHT, room
 
 PART = 1 << 18
 """Numbers that are written at a time: 1 MiB of fp32 stays in the cache."""
@@ -45,7 +45,7 @@ def linear(layer: Stored, x: torch.Tensor) -> torch.Tensor:
 def _weight(layer: Stored, like: torch.Tensor) -> torch.Tensor:
     if like.device.type != "cpu" or torch.compiler.is_compiling():
         return layer.dequantized(like.dtype)
-    weight_OI = room("dequantized", (layer.out_features, layer.in_features), like)
+    weight_OI = room(WEIGHT, (layer.out_features, layer.in_features), like)
     layer.dequantize_into(weight_OI)
     return weight_OI
 

@@ -8,7 +8,7 @@ import torch
 
 from eulerforge.config.schema import LoadPrecision
 from eulerforge.errors import DeviceError, UsageError
-from eulerforge.models.processor import QUANTIZED_MODES, product_key, product_mode, product_of_cpu
+from eulerforge.models.processor import product_key, product_mode, product_of_cpu
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -74,8 +74,7 @@ def slow_products(precision: LoadPrecision, device: torch.device) -> str | None:
         return None
     return (
         f"this processor multiplies {DTYPE_NAMES[dtype]} matrices {times:.0f} times slower than fp32 ones, and the run"
-        f" will be slow; --set {product_key(precision)}=fp32 is faster and needs twice the memory for "
-        + ("what is not quantized" if precision.mode in QUANTIZED_MODES else "activations")
+        f" will be slow; --set {product_key(precision)}=fp32 is faster and needs more memory"
     )
 
 

@@ -20,7 +20,7 @@ from eulerforge.models.processor import QUANTIZED_MODES
 from eulerforge.models.quantized import import_bitsandbytes, plan_from_config, replace_layers
 from eulerforge.models.soundness import check_folder, check_tokenizer, refuse_not_finite
 from eulerforge.models.source import BaseSource, resolve_source
-from eulerforge.models.stored import StoredReport, keep_stored, storage_of
+from eulerforge.models.stored import StoredReport, keep_stored, refuses_stored, storage_of, widen
 
 ATTENTION = "model.attn_implementation"
 
@@ -111,6 +111,11 @@ def load_model(
     if plan is not None:
         replace_layers(model, plan, device)
     stored = None if storage is None else keep_stored(model, storage)
+    if stored and (why := refuses_stored(model)):
+        widen(model)
+        stored = None
+        if say is not None:
+            say(f"warning: {source.name}: its code reads weights of linear layers itself, so they are fp32 ({why})")
     model.config.use_cache = False
     return LoadedModel(
         model=model.to(device).eval(),

@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 
 
 QUANTIZED_MODES = ("int8", "int4")
-HALVES = {"bf16": ("amx_bf16", "avx512_bf16"), "fp16": ("amx_fp16", "avx512_fp16")}
-"""Each half precision, with the processor's words for an instruction that multiplies it."""
+HALVES = {"bf16": {"amx_bf16", "avx512_bf16", "bf16"}, "fp16": {"amx_fp16", "avx512_fp16"}}
+"""Each half precision, with the words of x86 and ARM processors for an instruction that multiplies it."""
 
 
 def has_products(half: str) -> bool:
     """Whether the processor multiplies matrices of a half precision; False where it does not say."""
     try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return any(word in flags for word in HALVES[half])
+    return not HALVES[half].isdisjoint(said.split())
 
 
 def product_key(precision: LoadPrecision) -> str:

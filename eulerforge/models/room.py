@@ -15,6 +15,10 @@ import torch
 
 LARGEST_BYTES = 64 << 20
 """A larger room is made anew each time: it would not stay in any cache, and the process would keep it for good."""
+WEIGHT = "weight"
+"""The room of a weight that is made for a product, of any layer; see ``LARGEST_WEIGHT``."""
+LARGEST_WEIGHT = 1 << 30
+"""As ``LARGEST_BYTES``, of that room: a large weight made anew is a tenth of its product with 1,000 rows."""
 _KEPT = threading.local()
 
 
@@ -24,7 +28,8 @@ def room(name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     The next call with the same name gives the same memory, so nothing of it may leave the function that asked.
     """
     count = math.prod(shape)
-    if like.device.type != "cpu" or count * like.element_size() > LARGEST_BYTES:
+    largest = LARGEST_WEIGHT if name == WEIGHT else LARGEST_BYTES
+    if like.device.type != "cpu" or count * like.element_size() > largest:
         return like.new_empty(shape)
     rooms: dict[tuple[str, torch.dtype], torch.Tensor] = _KEPT.__dict__.setdefault("rooms", {})
     kept = rooms.get((name, like.dtype))

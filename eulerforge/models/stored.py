@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eulerforge.config.schema import LoadPrecision
-from eulerforge.errors import ModelError
+from eulerforge.errors import ModelError, first_line
 from eulerforge.models.dequantized import linear
 from eulerforge.models.device import DTYPE_NAMES, base_dtype
 from eulerforge.models.room import room
@@ -27,7 +27,7 @@ from eulerforge.models.soundness import dtypes_of, file_dtype_of, is_quantized
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FEW_ROWS = 16
-"""Up to so many rows the time is that of reading the weight, as for each new token of a sample."""
+"""Of so many samples at most a new token takes as long as reading the weight."""
 PART = 1 << 20
 """Numbers that are widened and multiplied at a time: 4 MiB of fp32 stay in the cache, and the calls cost little."""
 
@@ -46,8 +46,16 @@ class StoredLinear(nn.Linear):
                 key="model.load_precision.mode",
                 hint="--set model.load_precision.mode=fp32 stores what it multiplies",
             )
-        few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * self.in_features and not torch.is_grad_enabled()
-        return self._in_parts(x) if few and not torch.compiler.is_compiling() else linear(self, x)
+        return self._in_parts(x) if self.reads_more(x) else linear(self, x)
+
+    def reads_more(self, x: torch.Tensor) -> bool:
+        """Whether the product takes as long as reading the weight: of one new token each of a few samples.
+
+        Never of a loss, whose rows have two tokens at least: its bits are those of the whole product.
+        """
+        one_each = x.ndim > 2 and x.shape[-2] == 1 and x.numel() <= FEW_ROWS * self.in_features
+        plain = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return one_each and plain
 
     def dequantize_into(self, out_OI: torch.Tensor) -> None:
         """Write the weight into ``out_OI``."""
@@ -135,20 +143,22 @@ def storage_of(precision: LoadPrecision, folder: Path, device: torch.device) -> 
 class StoredReport:
     """How many layers are stored in ``dtype``, their bytes there, and how many are not: they would lose, or train.
 
-    ``by_file`` is whether nobody asked for it, ``loaded`` the precision in which all was loaded at first.
+    ``found`` is how many were, before a strategy that reads weights itself was asked.
+    ``loaded`` is the precision in which all was loaded at first, ``experts`` the bytes of fused ones, in fp32.
     """
 
     dtype: torch.dtype
+    found: int
     count: int
     bytes: int
     left: int
-    by_file: bool
+    experts: int
     loaded: torch.dtype
     trained: int = 0
 
     def __bool__(self) -> bool:
         """Whether there is anything to say: of a quantized base all layers may be quantized."""
-        return bool(self.count or self.left or self.trained)
+        return bool(self.found or self.left)
 
     def line(self) -> str:
         """What a run says."""
@@ -156,8 +166,11 @@ class StoredReport:
             f"weights: {self.count} linear layers stay {DTYPE_NAMES[self.dtype]}, {gib(self.bytes)} instead of"
             f" {gib(2 * self.bytes)}, and are multiplied in fp32"
         )
+        if read := self.found - self.count - self.trained:
+            said += f"; {read} are fp32, because the strategy may read them itself"
         said += f"; {self.left} hold numbers that it cannot hold and are fp32" if self.left else ""
-        return said + (f"; {self.trained} train, in fp32" if self.trained else "")
+        said += f"; {self.trained} train, in fp32" if self.trained else ""
+        return said + (f"; fused experts are fp32, {gib(self.experts)}" if self.experts else "")
 
     def to_json(self) -> dict[str, Any]:
         """For the receipt."""
@@ -190,30 +203,41 @@ def keep_stored(model: Any, storage: Storage, *, linears: bool = True) -> Stored
         config.dtype = torch.float32
     return StoredReport(
         dtype=storage.dtype,
+        found=len(stored),
         count=len(stored),
         bytes=sum(module.weight.nbytes for module in stored),
         left=left,
-        by_file=storage.by_file,
+        experts=sum(p.nbytes for layer in layers for p in layer.parameters() if p.ndim == 3),
         loaded=storage.loaded,
     )
 
 
-def widen(model: nn.Module, names: Iterable[str]) -> list[StoredLinear]:
-    """Make plain, in fp32, the layers of the parameters ``names``, which will hold what their file could not."""
-    trained = {name.rpartition(".")[0] for name in names}
-    found = [module for path, module in model.named_modules() if path in trained and isinstance(module, StoredLinear)]
+def refuses_stored(model: Any) -> str | None:
+    """Why a model cannot compute with stored weights, such as code of its own that reads them; None where it can."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad():
+            model.get_decoder()(input_ids=ids, use_cache=False)
+    except (RuntimeError, ModelError) as error:
+        return first_line(error)
+    return None
+
+
+def widen(model: nn.Module, names: Iterable[str] | None = None) -> int:
+    """Make layers plain, in fp32: those of the parameters ``names``, or all; gives back how many."""
+    chosen = None if names is None else {name.rpartition(".")[0] for name in names}
+    found = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, StoredLinear) and (chosen is None or path in chosen)
+    ]
     for module in found:
         module.plain()
-    return found
+    return len(found)
 
 
 def widen_trained(model: nn.Module, names: Iterable[str], report: StoredReport) -> StoredReport:
-    """Make plain what a phase trains.
-
-    Not where the preset itself names a half precision, in which no weight trains: the optimizer refuses it.
-    """
-    if not report.by_file:
-        return report
-    found = widen(model, names)
-    size = sum(module.weight.numel() for module in found) * report.dtype.itemsize
-    return attrs.evolve(report, count=report.count - len(found), bytes=report.bytes - size, trained=len(found))
+    """Make plain what a phase trains, and count what is still stored, which an injection may have changed too."""
+    trained = widen(model, names)
+    weights = [module.weight for module in model.modules() if isinstance(module, StoredLinear)]
+    return attrs.evolve(report, count=len(weights), bytes=sum(weight.nbytes for weight in weights), trained=trained)

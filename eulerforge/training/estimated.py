@@ -20,7 +20,7 @@ from eulerforge.models.meta import meta_model
 from eulerforge.models.processor import QUANTIZED_MODES
 from eulerforge.models.quantized import import_bitsandbytes, plan_of
 from eulerforge.models.sizes import gib
-from eulerforge.models.soundness import file_dtype_of
+from eulerforge.models.soundness import check_folder, file_dtype_of
 from eulerforge.models.stored import StoredReport, keep_stored, storage_of, widen_trained
 from eulerforge.training.coverage import inject_and_plan
 from eulerforge.training.estimate import Estimate
@@ -174,6 +174,7 @@ def from_config(
 
 def _meta_model(config: RunConfig, folder: Path, device: torch.device) -> tuple[Any, StoredReport | None]:
     """The model without weights, in the precisions that loading would give it."""
+    check_folder(folder)
     storage = storage_of(config.model.load_precision, folder, device)
     if storage is None:
         return meta_model(config, base_dtype(config.model.load_precision, device)), None

@@ -191,7 +191,9 @@ class Estimator:
             half, stored = self.stored.bytes // self.stored.dtype.itemsize, self.stored.bytes
             rest = plain - half * self.dtype.itemsize
             # loading has looked at every weight, so all pages of the file are there
-            return (read + rest, read + rest, 0) if mapped else (stored + rest, load, 0)
+            if mapped:
+                return rest + (read if stored else 0), rest + read, 0
+            return stored + rest, load, 0
         anew = sum(layer.laid_out if mapped else layer.grown for layer in layers)
         return plain + anew, load, 0
 

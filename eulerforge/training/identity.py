@@ -61,7 +61,7 @@ def identity(run: Run, registry: Registry, weights: Mapping[str, Any], total_ste
     computed = DTYPE_NAMES.get(run.dtype, str(run.dtype))
     if precision["mode"] == "auto":  # whatever it is stored as, it has the numbers of this
         precision["mode"] = computed
-    precision["compute_dtype"] = "auto" if precision["mode"] == computed else computed
+    precision["compute_dtype"] = computed
     # a permission changes no number
     del precision["allow_unquantized_experts"]
     flat: dict[str, Any] = {

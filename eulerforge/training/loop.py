@@ -169,9 +169,9 @@ def _validation_is_due(every: int, state: TrainState, total_steps: int) -> bool:
 def _refuse_non_finite(what: str, state: TrainState, run: Run) -> None:
     """Raises RunError unless the preset leaves such steps out and has not left out too many."""
     config = run.config.training
-    key = product_key(run.config.model.load_precision)
+    wider = f", or {product_key(run.config.model.load_precision)}=fp32" if run.dtype != torch.float32 else ""
     hint = (
-        f"the step was not applied; a smaller training.lr, a longer warm-up, or {key}=fp32"
+        f"the step was not applied; a smaller training.lr, a longer warm-up{wider}"
         " usually mends it, and --resume goes on from the last checkpoint"
     )
     if config.on_nonfinite == "skip":

@@ -41,7 +41,8 @@ def make_optimizer(
                     f"group {group}: {name} is {str(parameters[name].dtype).removeprefix('torch.')};"
                     " base weights train in fp32 only",
                     key="model.load_precision.mode",
-                    hint=f"--set model.load_precision.mode=fp32, or take {group} out of training.phases",
+                    hint="--set model.load_precision.mode=fp32 --set model.load_precision.compute_dtype=auto, or take"
+                    f" {group} out of training.phases",
                 )
     device = next(iter(model.parameters())).device.type
     settings: dict[str, Any] = {

@@ -31,7 +31,9 @@ def held_out_loss(folder: Path, mode: str, before: str = "") -> float:
 
     In a process of its own: what this one holds at its peak, tests of memory would read in their children.
     """
-    words = [word for setting in (*SETTINGS, f"model.load_precision.mode={mode}") for word in ("--set", setting)]
+    words = [
+        word for setting in (*SETTINGS, f"model.load_precision.compute_dtype={mode}") for word in ("--set", setting)
+    ]
     command = [sys.executable, "-c", before + COMMAND, "train", "--preset", "quickstart", "--output-dir", str(folder)]
     done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

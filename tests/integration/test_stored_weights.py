@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, write_rows
 
+from eulerforge.api import StrategySpec
 from eulerforge.cli.main import main
 from eulerforge.export.rundir import open_run
 from eulerforge.lora.merge import merge_in_place
@@ -20,6 +21,7 @@ from eulerforge.models.stored import StoredLinear
 from eulerforge.plugins import load_registry
 from eulerforge.testing.tiny_models import FAMILIES
 from eulerforge.training.receipt import read_receipt
+from eulerforge_strategy_dense_lora import plugin
 
 REGISTRY = load_registry()
 AUTO = {"model__load_precision__mode": "auto"}
@@ -202,8 +204,9 @@ def test_a_merge_rounds_nothing(tmp_path: Path) -> None:
     }
 
 
-def test_a_few_rows_are_multiplied_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As each new token of a sample is: against the product of the widened weight, biases and odd shapes too."""
+def test_a_new_token_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the product of the widened weight, with bias, odd shapes and an adapter; a row of a loss is not."""
+    from eulerforge.lora.linear import LoRALinear
     from eulerforge.models import stored as module
 
     monkeypatch.setattr(module, "PART", 100)
@@ -211,11 +214,83 @@ def test_a_few_rows_are_multiplied_part_by_part(monkeypatch: pytest.MonkeyPatch)
     layer = torch.nn.Linear(24, 37, dtype=torch.bfloat16).requires_grad_(False)
     layer.__class__ = StoredLinear
     layer.bias.data = layer.bias.data.float()
-    x = torch.randn(2, 3, 24)
+    parts: list[torch.Size] = []
+    in_parts = StoredLinear._in_parts
+    monkeypatch.setattr(StoredLinear, "_in_parts", lambda own, x: parts.append(x.shape) or in_parts(own, x))
+    x = torch.randn(3, 1, 24)
     expected = torch.nn.functional.linear(x, layer.weight.float(), layer.bias)
+    adapted = LoRALinear(layer, r=2, alpha=4).eval()
+    torch.nn.init.normal_(adapted.lora_B)
+    path = x @ adapted.lora_A.T @ adapted.lora_B.T * 2
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(adapted(x), expected + path, rtol=0, atol=1e-5)
+        assert parts == [x.shape] * 2
+        assert torch.equal(layer(x.view(1, 3, 24)), expected.view(1, 3, 37))
     assert torch.equal(layer(x.requires_grad_()), expected)
+    assert len(parts) == 2
+
+
+def test_a_strategy_that_may_read_weights_gets_fp32_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A third party's that says nothing of stored weights works as it does on any processor."""
+    silent = {"stored_weights": False}
+    monkeypatch.setattr(plugin, "StrategySpec", lambda **facts: StrategySpec(**{**facts, **silent}))
+    prepared(tmp_path)
+    assert main(tinyrun.arguments(tmp_path, **CHANGES, **AUTO)) == 0
+    assert "weights: 0 linear layers stay bf16" in (said := capsys.readouterr().err)
+    assert "; 21 are fp32, because the strategy may read them itself" in said
+    trained = open_run(tmp_path / "run", registry=load_registry(), device="cpu")
+    assert not stored(trained.model)
+
+
+def test_a_model_whose_code_reads_weights_gets_fp32_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As code that comes with a model may: it was a mismatch of precisions in the midst of its forward pass."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    forward = LlamaAttention.forward
+
+    def reading(own: Any, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        projection = getattr(own.o_proj, "base_layer", own.o_proj)
+        hidden_states = hidden_states + 0 * torch.nn.functional.linear(hidden_states, projection.weight)
+        return forward(own, hidden_states, *arguments, **keywords)
+
+    monkeypatch.setattr(LlamaAttention, "forward", reading)
+    prepared(tmp_path)
+    assert main(tinyrun.arguments(tmp_path, **CHANGES, **AUTO)) == 0
+    assert "its code reads weights of linear layers itself, so they are fp32" in capsys.readouterr().err
+    assert read_receipt(tmp_path / "run")["stored"] is None
+
+
+def test_a_router_trains_where_the_products_are_fp32(tmp_path: Path) -> None:
+    prepared(tmp_path, "mixtral")
+    phases = [{"step": 0, "trainable": ["lora", "attn_lora", "router"]}]
+    changes = {**CHANGES, "model__load_precision__mode": "bf16", "training__phases": phases}
+    assert main(tinyrun.arguments(tmp_path, **changes)) == 0
+
+
+def test_a_damaged_index_is_named_before_anything_is_estimated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = prepared(tmp_path) / "base"
+    (base / "model.safetensors").rename(base / "one.safetensors")
+    (base / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}', encoding="utf-8")
+    assert main([*tinyrun.arguments(tmp_path, **CHANGES, **AUTO), "--preflight"]) == 2
+    assert "has no weight_map of tensor names to files" in capsys.readouterr().err
+
+
+def test_every_hint_about_precision_leads_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a preset whose products are bf16 to base weights that train."""
+    tinyrun.prepare(tmp_path)
+    phases = [{"step": 0, "trainable": ["lora", "attn_lora", "base_ffn"]}]
+    changes = {**CHANGES, "training__phases": phases, "model__load_precision__compute_dtype": "bf16"}
+    assert main(tinyrun.arguments(tmp_path, **changes, **AUTO)) == 2
+    hint = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("hint: "))
+    words = hint.removeprefix("hint: ").partition(", or")[0].split()
+    assert main([*tinyrun.arguments(tmp_path, **changes, **AUTO), *words, "--overwrite"]) == 0
 
 
 def test_states_that_the_model_casts_to_the_stored_precision_are_refused() -> None:
@@ -235,7 +310,7 @@ def test_a_precision_that_would_say_nothing_is_refused(
     assert main(tinyrun.arguments(tinyrun.prepare(tmp_path), **asked)) == 2
     said = capsys.readouterr().err
     assert "compute_dtype" in said
-    assert f"--set model.load_precision.mode={compute}" in said
+    assert f"--set model.load_precision.compute_dtype=auto, or mode={compute}" in said
 
 
 def test_what_is_forecast_is_what_is_kept(tmp_path: Path) -> None:
@@ -246,4 +321,12 @@ def test_what_is_forecast_is_what_is_kept(tmp_path: Path) -> None:
     file = sum(tensor.nbytes for tensor in load_file(tmp_path / "base" / "model.safetensors").values())
     kept = {f"{path}.weight" for path in stored(run.model)}
     wide = {name: p for name, p in run.model.named_parameters() if name not in kept and "lora_" not in name}
-    assert run.estimated.found.weights == file + sum(parameter.nbytes for parameter in wide.values())
+    rest = sum(parameter.nbytes for parameter in wide.values())
+    assert run.estimated.found.weights == file + rest
+
+
+def test_an_fp32_file_is_not_counted_where_its_numbers_are_rounded(tmp_path: Path) -> None:
+    tinyrun.prepare(tmp_path)
+    run = tinyrun.assembled(tmp_path, estimates=True, **CHANGES, model__load_precision__mode="bf16")
+    base = {name: parameter for name, parameter in run.model.named_parameters() if "lora_" not in name}
+    assert run.estimated.found.weights == sum(parameter.nbytes for parameter in base.values())

@@ -103,8 +103,9 @@ def test_damaged_weights_and_half_precision_weights_that_train_are_refused(make_
     with pytest.raises(RunError, match="loss of the base model is nan"):
         preflight(run)
     phases = [{"step": 0, "trainable": ["lora", "attn_lora", "base_ffn"]}]
+    halves = {"model__load_precision__mode": "bf16", "model__load_precision__compute_dtype": "bf16"}
     with pytest.raises(ConfigError, match="base weights train in fp32 only"):
-        preflight(make_run(training__phases=phases, model__load_precision__mode="bf16"))
+        preflight(make_run(training__phases=phases, **halves))
 
 
 def test_activations_are_kept_where_the_run_keeps_them(

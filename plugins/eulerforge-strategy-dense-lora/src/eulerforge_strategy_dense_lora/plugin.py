@@ -16,5 +16,6 @@ def eulerforge_strategies() -> list[StrategySpec]:
             config_target="eulerforge_strategy_dense_lora.config:DenseLoRAConfig",
             summary="LoRA on the linear layers of the feed-forward network and the attention",
             groups=("lora", "attn_lora"),
+            stored_weights=True,
         )
     ]
