@@ -41,8 +41,8 @@ class LoadPrecision:
     compute_dtype: str = setting(
         "auto",
         choices=("auto", "fp32", "fp16", "bf16"),
-        help="Precision of the products and of all that is neither quantized nor stored as a half; auto is bf16 or that"
-        " of mode where the device multiplies it, else fp32",
+        help="Precision of the products and of all that is neither quantized nor stored as a half; auto is that of"
+        " mode, or bf16, but fp32 on a CPU that does not multiply it",
     )
     allow_unquantized_experts: bool = setting(
         False, help="Load a mixture as int4 or int8 although its fused experts, most of its weights, stay unquantized"

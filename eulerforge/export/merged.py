@@ -28,12 +28,13 @@ from eulerforge.export.destination import RECEIPT, check_destination, staged_exp
 from eulerforge.export.measure import audit_changes, compare_logits
 from eulerforge.export.probe import probe_rows
 from eulerforge.export.rundir import TrainedRun
-from eulerforge.export.shards import FLOATS, Rewrite, read_header, write_shard
+from eulerforge.export.shards import Rewrite, read_header, write_shard
 from eulerforge.export.written import Written, write_receipt
 from eulerforge.lora.adapted import AdaptedLinear, AdaptedModule
 from eulerforge.lora.wrap import adapted_modules
 from eulerforge.models.device import DTYPE_NAMES, DTYPES
 from eulerforge.models.processor import QUANTIZED_MODES
+from eulerforge.models.soundness import FLOATS
 from eulerforge.training.receipt import GENERATION_CONFIG, read_receipt
 
 OTHER_BASE = "merge with the base that the run was trained on"

@@ -17,14 +17,10 @@ from typing import IO, TypeAlias
 import attrs
 import torch
 
+from eulerforge.models.soundness import FLOATS
+
 BLOCK = 4 * 2**20
 """Bytes that are read, changed and written at a time."""
-FLOATS: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in FLOATS.items()}
 
 Change: TypeAlias = Callable[[torch.Tensor, int, int], torch.Tensor]

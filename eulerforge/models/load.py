@@ -111,6 +111,8 @@ def load_model(
     if plan is not None:
         replace_layers(model, plan, device)
     stored = None if storage is None else keep_stored(model, storage)
+    if storage is not None and storage.dtype == torch.float16 and storage.loaded != torch.float16:
+        refuse_not_finite(model, source.name)  # what was rounded since may have overflowed
     if stored and (why := refuses_stored(model)):
         widen(model)
         stored = None

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 QUANTIZED_MODES = ("int8", "int4")
 HALVES = {"bf16": {"amx_bf16", "avx512_bf16", "bf16"}, "fp16": {"amx_fp16", "avx512_fp16"}}
-"""Each half precision, with the words of x86 and ARM processors for an instruction that multiplies it."""
+"""Each half precision, with the words of x86 processors for an instruction that multiplies it, and ARM's for bf16."""
 
 
 def has_products(half: str) -> bool:

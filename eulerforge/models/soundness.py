@@ -36,7 +36,12 @@ PIECE_NUMBERS = 1 << 22
 _SOUND: set[tuple[object, ...]] = set()
 """Files that were found sound, with the state that they were found in: a start looks at one folder several times."""
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def check_folder(folder: Path, *, weights: bool = True) -> None:
@@ -256,13 +261,8 @@ def _header(path: Path) -> Iterator[tuple[str, tuple[str, list[int]]]]:
         raise _wrong(path, f"is damaged: it has {size:,} bytes, its header speaks of {max(ends):,}")
 
 
-def file_dtype_of(folder: Path) -> torch.dtype:
-    """The precision of most numbers in a model's folder; fp32 where there are none.
-
-    Raises:
-        ModelError: a header cannot be read.
-    """
-    counts = dtypes_of(folder)
+def most_common(counts: Mapping[torch.dtype, int]) -> torch.dtype:
+    """The precision of most numbers of :func:`dtypes_of`; fp32 where there are none."""
     return max(counts, key=counts.__getitem__, default=torch.float32)
 
 

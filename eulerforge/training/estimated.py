@@ -20,7 +20,7 @@ from eulerforge.models.meta import meta_model
 from eulerforge.models.processor import QUANTIZED_MODES
 from eulerforge.models.quantized import import_bitsandbytes, plan_of
 from eulerforge.models.sizes import gib
-from eulerforge.models.soundness import check_folder, file_dtype_of
+from eulerforge.models.soundness import check_folder, dtypes_of, most_common
 from eulerforge.models.stored import StoredReport, keep_stored, storage_of, widen_trained
 from eulerforge.training.coverage import inject_and_plan
 from eulerforge.training.estimate import Estimate
@@ -199,7 +199,7 @@ def from_model(
     None where a layer cannot be computed by itself on a few tokens, whatever it raises: a plugin's may want weights
     that are not zero, or a layer below it.
     """
-    file_dtype = file_dtype_of(folder)
+    file_dtype = most_common(dtypes_of(folder))
     rows: TokenizedRows | None = datasets.train if datasets is not None else None
     batch = largest_micro_batch(config, layout, rows)
     one_length = rows is not None and len(rows) > 0 and bool((rows.lengths == rows.lengths[0]).all())

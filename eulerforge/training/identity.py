@@ -61,7 +61,9 @@ def identity(run: Run, registry: Registry, weights: Mapping[str, Any], total_ste
     computed = DTYPE_NAMES.get(run.dtype, str(run.dtype))
     if precision["mode"] == "auto":  # whatever it is stored as, it has the numbers of this
         precision["mode"] = computed
-    precision["compute_dtype"] = computed
+    # an earlier version recorded auto where nothing is stored in another precision
+    plain = precision["mode"] == computed
+    precision["compute_dtype"] = "auto" if plain else computed
     # a permission changes no number
     del precision["allow_unquantized_experts"]
     flat: dict[str, Any] = {

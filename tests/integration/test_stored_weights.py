@@ -16,6 +16,7 @@ from eulerforge.cli.main import main
 from eulerforge.export.rundir import open_run
 from eulerforge.lora.merge import merge_in_place
 from eulerforge.models import processor
+from eulerforge.models import stored as stored_weights
 from eulerforge.models.linear_ops import linear_ops_from
 from eulerforge.models.stored import StoredLinear
 from eulerforge.plugins import load_registry
@@ -207,9 +208,8 @@ def test_a_merge_rounds_nothing(tmp_path: Path) -> None:
 def test_a_new_token_is_multiplied_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the product of the widened weight, with bias, odd shapes and an adapter; a row of a loss is not."""
     from eulerforge.lora.linear import LoRALinear
-    from eulerforge.models import stored as module
 
-    monkeypatch.setattr(module, "PART", 100)
+    monkeypatch.setattr(stored_weights, "PART", 100)
     torch.manual_seed(0)
     layer = torch.nn.Linear(24, 37, dtype=torch.bfloat16).requires_grad_(False)
     layer.__class__ = StoredLinear
@@ -259,10 +259,24 @@ def test_a_model_whose_code_reads_weights_gets_fp32_ones(
         return forward(own, hidden_states, *arguments, **keywords)
 
     monkeypatch.setattr(LlamaAttention, "forward", reading)
+    monkeypatch.setattr(stored_weights, "CALL_THEIR_LAYERS", set())
     prepared(tmp_path)
     assert main(tinyrun.arguments(tmp_path, **CHANGES, **AUTO)) == 0
     assert "its code reads weights of linear layers itself, so they are fp32" in capsys.readouterr().err
     assert read_receipt(tmp_path / "run")["stored"] is None
+
+
+def test_a_weight_that_overflows_as_it_is_rounded_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma 3 is loaded in fp32 for its own numbers' sake, and rounded to fp16 after the first look at its weights."""
+    prepared(tmp_path, "gemma3", torch.float32)
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    next(tensor for name, tensor in tensors.items() if name.endswith("up_proj.weight"))[0, 0] = 1e5
+    save_file(tensors, path, {"format": "pt"})
+    assert main(tinyrun.arguments(tmp_path, **CHANGES, model__load_precision__mode="fp16")) == 2
+    assert "hold NaN or infinity" in capsys.readouterr().err
 
 
 def test_a_router_trains_where_the_products_are_fp32(tmp_path: Path) -> None:
