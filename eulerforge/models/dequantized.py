@@ -13,9 +13,6 @@ import torch.nn.functional as F
 
 from eulerforge.models.room import WEIGHT, room
 
-PART = 1 << 18
-"""Numbers that are written at a time: 1 MiB of fp32 stays in the cache."""
-
 
 class Stored(Protocol):
     """A linear layer; ``compute_dtype`` is the precision of its products."""

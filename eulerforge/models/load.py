@@ -107,12 +107,12 @@ def load_model(
         say(f"warning: {source.name}: {len(more)} tensors have no place in the model and are left out, {more[0]} first")
     if plan is None:
         model.to(device)
-    refuse_not_finite(model, source.name)
-    if plan is not None:
+    else:
+        refuse_not_finite(model, source.name)
         replace_layers(model, plan, device)
     stored = None if storage is None else keep_stored(model, storage)
-    if storage is not None and storage.dtype == torch.float16 and storage.loaded != torch.float16:
-        refuse_not_finite(model, source.name)  # what was rounded since may have overflowed
+    if plan is None:  # what was rounded may have overflowed
+        refuse_not_finite(model, source.name)
     if stored and (why := refuses_stored(model)):
         widen(model)
         stored = None

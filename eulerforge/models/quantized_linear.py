@@ -14,10 +14,12 @@ from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, int8_
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
 from torch import nn
 
-from eulerforge.models.dequantized import PART, linear
+from eulerforge.models.dequantized import linear
 from eulerforge.models.room import room
 
 INT8_STEPS = 127.0
+PART = 1 << 18
+"""Numbers that are dequantized at a time: 1 MiB of fp32 stays in the cache."""
 
 
 class Int8Linear(Linear8bitLt):

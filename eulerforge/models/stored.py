@@ -19,13 +19,14 @@ from torch import nn
 
 from eulerforge.config.schema import LoadPrecision
 from eulerforge.errors import ModelError, first_line
+from eulerforge.models import processor
 from eulerforge.models.dequantized import linear
-from eulerforge.models.device import DTYPE_NAMES, base_dtype
+from eulerforge.models.device import DTYPE_NAMES, DTYPES, base_dtype
 from eulerforge.models.room import fresh_rooms, room
 from eulerforge.models.sizes import gib
 from eulerforge.models.soundness import dtypes_of, is_quantized, most_common
 
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HALVES = {name: DTYPES[name] for name in processor.HALVES}
 CALL_THEIR_LAYERS = {
     "llama", "qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text",
     "gemma3", "gemma3_text", "mixtral",
