@@ -33,6 +33,7 @@ from eulerforge.export.written import Written, write_receipt
 from eulerforge.lora.adapted import AdaptedLinear, AdaptedModule
 from eulerforge.lora.wrap import adapted_modules
 from eulerforge.models.device import DTYPE_NAMES, DTYPES
+from eulerforge.models.experts import stored_shape
 from eulerforge.models.processor import QUANTIZED_MODES
 from eulerforge.models.soundness import FLOATS
 from eulerforge.training.receipt import GENERATION_CONFIG, read_receipt
@@ -155,7 +156,7 @@ def changes_of(run: TrainedRun) -> list[Change]:
                 # a quantized weight has a shape of its own
                 (module.out_features, module.in_features)
                 if isinstance(module, AdaptedLinear)
-                else tuple(module.base_layer.get_parameter(parameter).shape)
+                else stored_shape(module.base_layer.get_parameter(parameter))
             )
             value = values.pop(name, None)
             found.append(Change(live=name, shape=shape, value=value, adapter=module, parameter=parameter))

@@ -21,29 +21,31 @@ from torch.autograd.function import once_differentiable
 
 from eulerforge.errors import ModelError
 from eulerforge.lora.adapted import AdaptedModule, Index
-from eulerforge.lora.grouped import group_ends, grouped_outer, grouped_product
+from eulerforge.models.experts import (
+    DOWN,
+    GATE_UP,
+    StoredExperts,
+    compute_dtype_of,
+    differences,
+    experts_product,
+    shape_of,
+)
+from eulerforge.models.grouped import group_ends, grouped_outer, grouped_product
 
-GATE_UP, DOWN = "gate_up_proj", "down_proj"
-LAYOUT: Mapping[str, bool] = {
-    "has_gate": True,
-    "has_bias": False,
-    "is_transposed": False,
-    "has_post_expert_norm": False,
-    "_is_expert_parallel": False,
-}
-"""The flags of transformers' experts, and the values with which this module computes what the layer computes."""
 _ROWS = 512
 """Rows that are added at once where precisions differ."""
 
 
 class ExpertsPath(nn.Module):
-    """The low-rank path beside one fused parameter: ``lora_A`` (E, r, in), ``lora_B`` (E, out, r), both fp32."""
+    """The low-rank path beside a layer's fused parameter: ``lora_A`` (E, r, in), ``lora_B`` (E, out, r), both fp32."""
 
-    def __init__(self, weight_EOI: torch.Tensor, *, r: int, scaling: float, generator: torch.Generator | None) -> None:
+    def __init__(
+        self, layer: nn.Module, name: str, *, r: int, scaling: float, generator: torch.Generator | None
+    ) -> None:
         super().__init__()
-        experts, self.out_features, self.in_features = weight_EOI.shape
+        experts, self.out_features, self.in_features = shape_of(layer, name)
         self.r, self.scaling = r, scaling
-        device = weight_EOI.device
+        device = layer.get_parameter(name).device
         # drawn on the CPU, as in LoRALinear; every expert starts as a linear layer of its own would
         init = torch.empty(experts * r, self.in_features, device="meta" if device.type == "meta" else "cpu")
         if device.type != "meta":
@@ -99,11 +101,10 @@ class LoRAExperts(AdaptedModule):
             raise ValueError(f"r must be at least 1, not {r}")
         self.r, self.alpha, self.dropout, self.use_rslora = r, alpha, dropout, use_rslora
         self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
-        self.num_experts = int(base_layer.get_parameter(GATE_UP).shape[0])
+        self.num_experts = shape_of(base_layer, GATE_UP)[0]
         for name in parameters:
             generator = (generators or {}).get(name)
-            weight_EOI = base_layer.get_parameter(name)
-            setattr(self, name, ExpertsPath(weight_EOI, r=r, scaling=self.scaling, generator=generator))
+            setattr(self, name, ExpertsPath(base_layer, name, r=r, scaling=self.scaling, generator=generator))
 
     @property
     def paths(self) -> dict[str, ExpertsPath]:
@@ -119,7 +120,7 @@ class LoRAExperts(AdaptedModule):
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
         """The layer's output, shape (N, H), for ``hidden_states`` (N, H) and the router's choice (N, K) and weights."""
-        dtype = self.base_layer.get_parameter(GATE_UP).dtype
+        dtype = compute_dtype_of(self.base_layer)
         # from the CPU's generator: the run's seed governs it, and activation checkpointing draws it again alike
         drops = self.dropout > 0 and self.training
         seed = int(torch.randint(2**62, (1,), device="cpu")) if drops else None
@@ -144,10 +145,10 @@ def refuse_other_layout(base_layer: nn.Module, parameters: Sequence[str]) -> Non
             f"{kind} has no parameter {unknown[0]} that LoRA on experts knows",
             hint="leave the experts out of injection.target_keywords",
         )
-    wrong = [
-        f"{flag} is {value}" for flag, want in LAYOUT.items() if (value := getattr(base_layer, flag, want)) != want
-    ]
-    wrong += [f"{name} is stored as {weight.dtype}" for name, weight in own.items() if not weight.is_floating_point()]
+    wrong = differences(base_layer)
+    if not isinstance(base_layer, StoredExperts):
+        unread = (name for name, weight in own.items() if not weight.is_floating_point())
+        wrong += [f"{name} is stored as {own[name].dtype}" for name in unread]
     if wrong:
         raise ModelError(
             f"LoRA on experts does not know the layout of {kind}: {', '.join(wrong)}",
@@ -207,14 +208,14 @@ class _Dispatch(torch.autograd.Function):
         experts_S, order_S = torch.sort(index_NK.reshape(-1))
         ends_E = group_ends(experts_S, layer.num_experts)
         x_SH = x_NH[order_S // index_NK.shape[1]]
-        gate_up_SI = grouped_product(x_SH, base.get_parameter(GATE_UP).transpose(1, 2), ends_E)
+        gate_up_SI = experts_product(base, GATE_UP, x_SH, ends_E, transposed=True)
         low_up_SR = low_down_SR = None
         if up is not None:
             low_up_SR, added_SI = up.forward(_dropped(x_SH, _mask(seed, 0, x_SH, layer.dropout)), ends_E)
             _add(gate_up_SI, added_SI)
             del added_SI
         h_SJ = base._apply_gate(gate_up_SI)  # type: ignore[operator]
-        y_SH = grouped_product(h_SJ, base.get_parameter(DOWN).transpose(1, 2), ends_E)
+        y_SH = experts_product(base, DOWN, h_SJ, ends_E, transposed=True)
         if down is not None:
             low_down_SR, added_SH = down.forward(_dropped(h_SJ, _mask(seed, 1, h_SJ, layer.dropout)), ends_E)
             _add(y_SH, added_SH)
@@ -238,7 +239,7 @@ class _Dispatch(torch.autograd.Function):
         h_SJ = gated_SJ.detach()
         g_SH = grad_outputs[0][rows_S]
         # before the router's weight: its inner product with h is that weight's gradient, so the output is not kept
-        t_SJ = grouped_product(g_SH, base.get_parameter(DOWN), ends_E)
+        t_SJ = experts_product(base, DOWN, g_SH, ends_E, transposed=False)
         if down is not None:
             mask = _mask(seed, 1, h_SJ, layer.dropout)
             wide_SH = g_SH.to(down.dtype)
@@ -267,7 +268,7 @@ class _Dispatch(torch.autograd.Function):
             del x_SH, wide_SI
         grad_x = None
         if ctx.needs_input_grad[0]:
-            gx_SH = grouped_product(g_SI, base.get_parameter(GATE_UP), ends_E)
+            gx_SH = experts_product(base, GATE_UP, g_SI, ends_E, transposed=False)
             if up is not None:
                 _add(gx_SH, _dropped(grouped_product(u_SR, up.A_ERI, ends_E), mask))
             grad_x = _sum_over_experts(gx_SH, order_S, weights_NK.shape)

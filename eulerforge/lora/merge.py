@@ -10,6 +10,7 @@ from torch import nn
 from eulerforge.api import LinearOps
 from eulerforge.lora.adapted import AdaptedLinear, AdaptedModule
 from eulerforge.lora.wrap import adapted_modules, replace_module
+from eulerforge.models.experts import StoredExperts
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def merge_in_place(model: nn.Module, linear_ops: Callable[[nn.Module], LinearOps
     """Merge every adapter and put the plain module back; give back how many were merged.
 
     Afterwards the model holds no wrapper: it is the plain model that transformers made, with other weights.
-    A quantized layer becomes a plain one in the compute dtype: its dequantized weight plus the delta, cast once.
+    A quantized layer, or experts, become plain in the compute dtype: its dequantized weight plus the delta, cast once.
     """
     found = list(adapted_modules(model))
     for path, module in found:
@@ -47,6 +48,8 @@ def merge_in_place(model: nn.Module, linear_ops: Callable[[nn.Module], LinearOps
         if isinstance(module, AdaptedLinear):
             merged = linear_ops(merged).plain(merged, merged_weight(module, linear_ops))
         else:
+            if isinstance(merged, StoredExperts):
+                merged.plain()
             merge_parameters(module)
         replace_module(model, path, merged)
     return len(found)

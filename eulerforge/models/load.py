@@ -17,7 +17,8 @@ from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.device import base_dtype
 from eulerforge.models.processor import QUANTIZED_MODES
-from eulerforge.models.quantized import import_bitsandbytes, plan_from_config, replace_layers
+from eulerforge.models.quantize import import_bitsandbytes, replace_layers
+from eulerforge.models.quantized import plan_from_config
 from eulerforge.models.soundness import check_folder, check_tokenizer, refuse_not_finite
 from eulerforge.models.source import BaseSource, resolve_source
 from eulerforge.models.stored import StoredReport, keep_stored, refuses_stored, storage_of, widen

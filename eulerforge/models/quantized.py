@@ -1,14 +1,10 @@
-"""Quantized bases: what of a model is quantized, said before loading; the layers replaced; their weights read again.
+"""Quantized bases: what of a model is quantized, said before loading, and weights of quantized layers read again.
 
-Linear layers of the decoder become bitsandbytes layers one by one after the checkpoint is in memory.
 Embeddings, the output head, norms, routers and a vision tower keep the compute dtype: nothing is cast up.
-bitsandbytes is imported only when a run asks for a quantized base.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,6 +17,7 @@ from torch import nn
 from eulerforge.config.schema import LoadPrecision
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.device import DTYPE_NAMES
+from eulerforge.models.experts import is_known
 from eulerforge.models.sizes import gib
 
 BLOCK = 64  # weights that share one scale in 4 bits; a row holds whole blocks
@@ -32,14 +29,15 @@ KEY = "model.load_precision"
 class QuantizationPlan:
     """What becomes of a model's parameters: paths of the layers to quantize, and all that stays in ``dtype``.
 
-    ``unfit`` holds the layers whose shape does not fit, as last path component and (out, in), with their number.
-    ``experts`` are the paths of fused expert tensors, which no linear layer holds.
-    Bytes are those of the compute dtype, ``quantized_bytes`` after quantization.
+    ``fused`` are the paths of the fused expert tensors to quantize. ``unfit`` holds the layers whose shape does not
+    fit, as last path component and (out, in), with their number, and ``experts`` the paths of fused expert tensors
+    whose shape or layout does not. Bytes are those of the compute dtype, ``quantized_bytes`` after quantization.
     """
 
     precision: LoadPrecision
     dtype: torch.dtype
     layers: tuple[str, ...]
+    fused: tuple[str, ...]
     unfit: dict[tuple[str, int, int], int]
     experts: tuple[str, ...]
     layer_bytes: int
@@ -50,9 +48,10 @@ class QuantizationPlan:
     def lines(self) -> list[str]:
         """What is announced before a byte of the weights is read."""
         kept = DTYPE_NAMES[self.dtype]
+        fused = f" and {len(self.fused)} fused expert tensors" if self.fused else ""
         lines = [
-            f"{describe(self.precision)}: {len(self.layers)} linear layers, {gib(self.layer_bytes)} in {kept} become"
-            f" {gib(self.quantized_bytes)}; {gib(self.other_bytes)} (embeddings, output head, norms) stay {kept}"
+            f"{describe(self.precision)}: {len(self.layers)} linear layers{fused}, {gib(self.layer_bytes)} in {kept}"
+            f" become {gib(self.quantized_bytes)}; {gib(self.other_bytes)} (embeddings, output head, norms) stay {kept}"
         ]
         if self.unfit:
             names = ", ".join(f"{name} ({count} of {out} x {into})" for (name, out, into), count in self.unfit.items())
@@ -78,7 +77,7 @@ class QuantizationPlan:
                 hint=f"--set {KEY}.allow_unquantized_experts=true loads them so all the same; the whole model then"
                 f" takes {gib(self.expert_bytes + self.quantized_bytes + self.other_bytes)}",
             )
-        if not self.layers:
+        if not self.layers and not self.fused:
             raise ModelError(
                 f"{name} has no linear layer that {mode} fits",
                 key=f"{KEY}.mode",
@@ -88,7 +87,7 @@ class QuantizationPlan:
     def _experts_line(self) -> str:
         return (
             f"{len(self.experts)} fused expert tensors, {self.experts[0]} first, stay {DTYPE_NAMES[self.dtype]} and"
-            f" take {gib(self.expert_bytes)}"
+            f" take {gib(self.expert_bytes)}, because of their layout, or in_features that are no multiple of {BLOCK}"
         )
 
 
@@ -135,7 +134,7 @@ def plan_of(model: Any, precision: LoadPrecision, dtype: torch.dtype) -> Quantiz
             key=f"{KEY}.mode",
             hint="load it in bf16, fp16 or fp32",
         )
-    layers, experts, numbers, scales = [], [], 0, 0.0
+    layers, fused, experts, numbers, scales = [], [], [], 0, 0.0
     unfit: Counter[tuple[str, int, int]] = Counter()
     for path, module in decoder_layers.named_modules(prefix=prefix):
         if type(module) is nn.Linear:
@@ -148,7 +147,17 @@ def plan_of(model: Any, precision: LoadPrecision, dtype: torch.dtype) -> Quantiz
             scales += _scale_bytes(out, into, precision)
         elif not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             # the weights of all experts of a layer are one tensor (experts, out, in)
-            experts += [f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.ndim == 3]
+            known = is_known(module)
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.ndim != 3:
+                    continue
+                count, out, into = weight.shape
+                if not known or into % BLOCK:
+                    experts.append(f"{path}.{name}")
+                    continue
+                fused.append(f"{path}.{name}")
+                numbers += weight.numel()
+                scales += _scale_bytes(count * out, into, precision)
     parameters = dict(model.named_parameters())
     size = dtype.itemsize
     expert_numbers = sum(parameters[path].numel() for path in experts)
@@ -156,6 +165,7 @@ def plan_of(model: Any, precision: LoadPrecision, dtype: torch.dtype) -> Quantiz
         precision=precision,
         dtype=dtype,
         layers=tuple(layers),
+        fused=tuple(fused),
         unfit=dict(unfit),
         experts=tuple(experts),
         layer_bytes=numbers * size,
@@ -177,73 +187,6 @@ def describe(precision: LoadPrecision) -> str:
     if precision.mode == "int8":
         return "int8"
     return f"int4 ({precision.quant_type}{', double quantization' if precision.double_quant else ''})"
-
-
-def import_bitsandbytes() -> Any:
-    """bitsandbytes, for a run that asks for it.
-
-    Raises:
-        ModelError: it is not installed, or does not work here.
-    """
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
-    # on import it warns of a missing kernel for a CPU path that we switch off (see replace_layers)
-    log.setLevel(logging.ERROR)
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ModelError(
-            f"quantized bases need bitsandbytes: {(str(error) or 'it cannot be imported').splitlines()[0]}",
-            key=f"{KEY}.mode",
-            hint="pip install 'eulerforge-core[qlora]', or use mode = bf16",
-        ) from error
-    finally:
-        log.setLevel(level)
-
-
-@torch.no_grad()
-def replace_layers(model: nn.Module, plan: QuantizationPlan, device: torch.device) -> None:
-    """Quantize the plan's layers in place, each onto ``device``; the plain weight is freed before the next."""
-    import_bitsandbytes()
-    for path in plan.layers:
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)  # noqa: S101 - the plan was made from the same config
-        made = _int8(linear, plan, device) if plan.precision.mode == "int8" else _int4(linear, plan, device)
-        model.set_submodule(path, made)
-    # one weight that is still the file's own pages would keep all of them in memory, the quantized ones too
-    for parameter in model.parameters() if device.type == "cpu" else ():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.clone()
-
-
-def _int4(linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn.Module:
-    from bitsandbytes.nn import Params4bit
-
-    from eulerforge.models.quantized_linear import Int4Linear
-
-    settings = {"compress_statistics": plan.precision.double_quant, "quant_type": plan.precision.quant_type}
-    with torch.device("meta"):
-        made = Int4Linear(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=plan.dtype,
-            **settings,
-        )
-    weight = linear.weight.detach()
-    made.weight = Params4bit(weight, requires_grad=False, module=made, **settings).to(device)
-    made.weight.quant_state.dtype = plan.dtype  # of the products, whatever the file's is
-    made.bias = linear.bias
-    # with this flag one forward in eval mode repacks the weight in place for AVX512-BF16; gradients, state dict and
-    # dequantized weight are wrong from then on, and nothing says so
-    made.support_avx512bf16_for_cpu = False
-    return made.train(linear.training)
-
-
-def _int8(linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn.Module:
-    from eulerforge.models.quantized_linear import Int8Linear
-
-    return Int8Linear.of(linear, device=device, compute_dtype=plan.dtype)
 
 
 class Int4Ops:

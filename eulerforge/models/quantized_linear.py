@@ -7,6 +7,7 @@ This module is imported only when a run asks for int8 or int4, because importing
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,12 +47,7 @@ class Int8Linear(Linear8bitLt):
 
     def dequantize_into(self, out_OI: torch.Tensor) -> None:
         """Write the weight into ``out_OI``, rounded once."""
-        rows, scale_O = self.weight.data, _scale(self)
-        count = max(1, PART // rows.shape[1])
-        for first in range(0, len(rows), count):
-            part = slice(first, min(first + count, len(rows)))
-            part_PI = room("dequantized part", (part.stop - first, rows.shape[1]), scale_O)
-            out_OI[part].copy_(part_PI.copy_(rows[part]).mul_(scale_O[part].view(-1, 1) / INT8_STEPS))
+        int8_rows_into(self.weight.data, _scale(self), out_OI)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as a tensor of its own."""
@@ -69,27 +65,51 @@ class Int4Linear(Linear4bit):
 
     def dequantize_into(self, out_OI: torch.Tensor) -> None:
         """Write the weight into ``out_OI``."""
-        state, columns = self.weight.quant_state, out_OI.shape[1]
-        packed, absmax = self.weight.data.view(-1), _absmax(state)
-        if columns % state.blocksize:  # a block reaches over the end of a row
+        state = self.weight.quant_state
+        if out_OI.shape[1] % state.blocksize:  # a block reaches over the end of a row
             out_OI.copy_(dequantize_4bit(self.weight.data, state))
             return
-        blocks, count = columns // state.blocksize, max(1, PART // columns)
-        for first in range(0, len(out_OI), count):
-            end = min(first + count, len(out_OI))
-            part_PI = torch.ops.bitsandbytes.dequantize_4bit.default(
-                packed.view(torch.uint8)[first * columns // 2 : end * columns // 2].view(-1, 1),
-                absmax[first * blocks : end * blocks],
-                state.blocksize,
-                state.quant_type,
-                (end - first, columns),
-                out_OI.dtype,
-            )
-            out_OI[first:end].copy_(part_PI)
+        int4_rows_into(self.weight.data, absmax_of(state), state, 0, out_OI)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight as a tensor of its own."""
         return dequantize_4bit(self.weight.data, self.weight.quant_state).to(dtype)
+
+
+def int8_rows_into(rows_RI: torch.Tensor, scale_R: torch.Tensor, out_RI: torch.Tensor) -> None:
+    """Write int8 rows, each with its scale, into ``out_RI``, rounded once."""
+    for part in _parts(out_RI):
+        part_PI = room("dequantized part", (part.stop - part.start, rows_RI.shape[1]), scale_R)
+        out_RI[part].copy_(part_PI.copy_(rows_RI[part]).mul_(scale_R[part].view(-1, 1) / INT8_STEPS))
+
+
+def int4_rows_into(
+    packed: torch.Tensor, absmax: torch.Tensor, state: Any, first_row: int, out_RI: torch.Tensor
+) -> None:
+    """Write rows of a 4-bit weight of whole blocks, seen as (rows, in), into ``out_RI``, from ``first_row`` on.
+
+    ``absmax`` is what :func:`absmax_of` gives for its ``state``.
+    """
+    columns = out_RI.shape[1]
+    numbers, blocks = packed.view(-1).view(torch.uint8), columns // state.blocksize
+    for part in _parts(out_RI):
+        first, end = first_row + part.start, first_row + part.stop
+        part_PI = torch.ops.bitsandbytes.dequantize_4bit.default(
+            numbers[first * columns // 2 : end * columns // 2].view(-1, 1),
+            absmax[first * blocks : end * blocks],
+            state.blocksize,
+            state.quant_type,
+            (end - first, columns),
+            out_RI.dtype,
+        )
+        out_RI[part].copy_(part_PI)
+
+
+def _parts(out_RI: torch.Tensor) -> Iterator[slice]:
+    """Rows to make at a time: on the CPU what stays in the cache."""
+    count = max(1, PART // out_RI.shape[1]) if out_RI.device.type == "cpu" else max(1, len(out_RI))
+    for first in range(0, len(out_RI), count):
+        yield slice(first, min(first + count, len(out_RI)))
 
 
 def dequantized(layer: Linear8bitLt) -> torch.Tensor:
@@ -103,7 +123,7 @@ def _scale(layer: Linear8bitLt) -> torch.Tensor:
     return scale_O
 
 
-def _absmax(state: Any) -> torch.Tensor:
+def absmax_of(state: Any) -> torch.Tensor:
     """The largest number of each block in fp32; with double quantization they are quantized themselves."""
     if not state.nested:
         return state.absmax.float()  # type: ignore[no-any-return]

@@ -1,14 +1,14 @@
-"""Frozen linear weights that stay in the half precision of their file where a run multiplies in fp32.
+"""Frozen weights that stay in the half precision of their file where a run multiplies in fp32.
 
 A processor without bf16 products multiplies fp32 alone at speed. Most checkpoints are bf16, and every bf16 number is an
 fp32 one: the weight is widened as it is multiplied, so a run has the bits of one whose weights are fp32, at half their
-memory, and they stay the file's own pages. Embeddings, output head, norms, routers, fused experts and a vision tower
-are widened once, when the model is loaded.
+memory, and they stay the file's own pages. So it is with linear layers and with fused experts (``models/experts.py``).
+Embeddings, output head, norms, routers and a vision tower are widened once, when the model is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from eulerforge.errors import ModelError, first_line
 from eulerforge.models import processor
 from eulerforge.models.dequantized import linear
 from eulerforge.models.device import DTYPE_NAMES, DTYPES, base_dtype
+from eulerforge.models.experts import StoredExperts, is_known, store
 from eulerforge.models.room import fresh_rooms, room
 from eulerforge.models.sizes import gib
 from eulerforge.models.soundness import dtypes_of, is_quantized, most_common
@@ -148,15 +149,17 @@ def storage_of(precision: LoadPrecision, folder: Path, device: torch.device) -> 
 
 @attrs.frozen(kw_only=True)
 class StoredReport:
-    """How many layers are stored in ``dtype``, their bytes there, and how many are not: they would lose, or train.
+    """How many weights are stored in ``dtype``, their bytes there, and how many are not: they would lose, or train.
 
-    ``found`` is how many were, before a strategy that reads weights itself was asked.
-    ``loaded`` is the precision in which all was loaded at first, ``experts`` the bytes of fused ones, in fp32.
+    ``fused`` of them are tensors that hold all experts of a layer, the others those of linear layers. ``found`` is how
+    many were, before a strategy that reads weights itself was asked. ``loaded`` is the precision in which all was
+    loaded at first, ``experts`` the bytes of fused ones that are fp32, because their layout is not known.
     """
 
     dtype: torch.dtype
     found: int
     count: int
+    fused: int
     bytes: int
     left: int
     experts: int
@@ -170,7 +173,9 @@ class StoredReport:
     def line(self) -> str:
         """What a run says."""
         half = DTYPE_NAMES[self.dtype]
-        said = f"weights: {self.count} linear layers stay {half}"
+        said = f"weights: {self.count - self.fused} linear layers"
+        said += f" and {self.fused} fused expert tensors" if self.fused else ""
+        said += f" stay {half}"
         if self.count:
             said += f", {gib(self.bytes)} instead of {gib(2 * self.bytes)}, and are multiplied in fp32"
         # a strategy may also have copied layers
@@ -182,42 +187,68 @@ class StoredReport:
 
     def to_json(self) -> dict[str, Any]:
         """For the receipt."""
-        return {"dtype": DTYPE_NAMES[self.dtype], "layers": self.count, "left": self.left, "trained": self.trained}
+        linear = self.count - self.fused
+        counts = {"layers": linear, "fused_experts": self.fused, "left": self.left, "trained": self.trained}
+        return {"dtype": DTYPE_NAMES[self.dtype], **counts}
 
 
 @torch.no_grad()
-def keep_stored(model: Any, storage: Storage, *, linears: bool = True) -> StoredReport:
-    """Store the decoder's frozen linear weights in ``storage.dtype``, in place, and all else in fp32.
+def keep_stored(model: Any, storage: Storage, *, all_wide: bool = False) -> StoredReport:
+    """Store the decoder's frozen weights in ``storage.dtype``, in place, and all else in fp32.
 
-    A tied weight stays tied. On the meta device every layer is taken as one that loses nothing. Without ``linears``
-    they are fp32 too, as of a model without weights that is to be quantized.
+    A tied weight stays tied. On the meta device every weight is taken as one that loses nothing. With ``all_wide`` none
+    is stored so, as of a model without weights that is to be quantized.
     """
-    layers = getattr(model.get_decoder(), "layers", ()) if linears and hasattr(model, "get_decoder") else ()
-    stored, left = [], 0
-    for module in [module for layer in layers for module in layer.modules() if type(module) is nn.Linear]:
-        was, weight = module.weight.data, module.weight.data.to(storage.dtype)
-        loses = weight.dtype != was.dtype and not was.is_meta and not torch.equal(weight.to(was.dtype), was)
-        if storage.by_file and loses:
-            left += 1
+    layers = getattr(model.get_decoder(), "layers", ()) if hasattr(model, "get_decoder") else ()
+    left = 0
+    for module in [module for layer in layers for module in layer.modules()] if not all_wide else ():
+        linear = type(module) is nn.Linear
+        if not (linear or is_known(module)):
             continue
-        module.weight.data = weight
-        module.__class__ = StoredLinear
-        stored.append(module)
-    kept = {id(module.weight) for module in stored}
+        for parameter in [module.weight] if linear else module.parameters(recurse=False):
+            was, weight = parameter.data, parameter.data.to(storage.dtype)
+            loses = weight.dtype != was.dtype and not was.is_meta and not torch.equal(weight.to(was.dtype), was)
+            if storage.by_file and loses:
+                left += 1
+                continue
+            parameter.data = weight
+            if linear:
+                module.__class__ = StoredLinear
+            else:
+                store(module, torch.float32)
+    kept = {id(weight) for weight in _stored_weights(model)}
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in kept and tensor.dtype in HALVES.values():
             tensor.data = tensor.data.float()
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.dtype = torch.float32
+    unknown = [p for layer in layers for p in layer.parameters() if p.ndim == 3 and id(p) not in kept]
     return StoredReport(
         dtype=storage.dtype,
-        found=len(stored),
-        count=len(stored),
-        bytes=sum(module.weight.nbytes for module in stored),
+        found=len(kept),
+        **_counts(model),
         left=left,
-        experts=sum(p.nbytes for layer in layers for p in layer.parameters() if p.ndim == 3),
+        experts=sum(p.nbytes for p in unknown),
         loaded=storage.loaded,
     )
+
+
+def _stored_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, (StoredLinear, StoredExperts)):
+            for parameter in module.parameters(recurse=False):
+                # neither a bias nor a quantized weight
+                if parameter.ndim > 1 and parameter.is_floating_point() and parameter.dtype != module.compute_dtype:
+                    yield parameter
+
+
+def _counts(model: nn.Module) -> dict[str, int]:
+    weights = list(_stored_weights(model))
+    return {
+        "count": len(weights),
+        "fused": sum(weight.ndim == 3 for weight in weights),
+        "bytes": sum(weight.nbytes for weight in weights),
+    }
 
 
 def refuses_stored(model: Any) -> str | None:
@@ -238,20 +269,22 @@ def refuses_stored(model: Any) -> str | None:
 
 
 def widen(model: nn.Module, names: Iterable[str] | None = None) -> int:
-    """Make layers plain, in fp32: those of the parameters ``names``, or all; gives back how many."""
+    """Make modules plain, in fp32: those of the parameters ``names``, or all; gives back how many weights were stored.
+
+    A quantized weight stays as it is.
+    """
     chosen = None if names is None else {name.rpartition(".")[0] for name in names}
-    found = [
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, StoredLinear) and (chosen is None or path in chosen)
-    ]
-    for module in found:
-        module.plain()
-    return len(found)
+    before = sum(1 for _ in _stored_weights(model))
+    for path, module in list(model.named_modules()):
+        if chosen is None or path in chosen:
+            if isinstance(module, StoredLinear):
+                module.plain()
+            elif isinstance(module, StoredExperts):
+                module.widen()
+    return before - sum(1 for _ in _stored_weights(model))
 
 
 def widen_trained(model: nn.Module, names: Iterable[str], report: StoredReport) -> StoredReport:
     """Make plain what a phase trains, and count what is still stored, which an injection may have changed too."""
     trained = widen(model, names)
-    weights = [module.weight for module in model.modules() if isinstance(module, StoredLinear)]
-    return attrs.evolve(report, count=len(weights), bytes=sum(weight.nbytes for weight in weights), trained=trained)
+    return attrs.evolve(report, **_counts(model), trained=trained)  # type: ignore[arg-type]

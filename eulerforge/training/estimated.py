@@ -18,7 +18,8 @@ from eulerforge.errors import EulerForgeError, first_line
 from eulerforge.models.device import base_dtype
 from eulerforge.models.meta import meta_model
 from eulerforge.models.processor import QUANTIZED_MODES
-from eulerforge.models.quantized import import_bitsandbytes, plan_of
+from eulerforge.models.quantize import import_bitsandbytes
+from eulerforge.models.quantized import plan_of
 from eulerforge.models.sizes import gib
 from eulerforge.models.soundness import check_folder, dtypes_of, most_common
 from eulerforge.models.stored import StoredReport, keep_stored, storage_of, widen_trained
@@ -179,7 +180,7 @@ def _meta_model(config: RunConfig, folder: Path, device: torch.device) -> tuple[
     if storage is None:
         return meta_model(config, base_dtype(config.model.load_precision, device)), None
     model, quantized = meta_model(config, storage.loaded), config.model.load_precision.mode in QUANTIZED_MODES
-    return model, keep_stored(model, storage.after(model) or storage, linears=not quantized)
+    return model, keep_stored(model, storage.after(model) or storage, all_wide=quantized)
 
 
 def from_model(

@@ -16,6 +16,7 @@ from torch import nn
 
 from eulerforge.data.packing import Layout
 from eulerforge.models.device import base_dtype
+from eulerforge.models.experts import WHOLE_BYTES, is_known
 from eulerforge.models.processor import QUANTIZED_MODES
 from eulerforge.models.quantized import parameter_count, plan_of
 from eulerforge.models.stored import StoredReport
@@ -181,7 +182,7 @@ class Estimator:
             plan = plan_of(self.model, precision, self.dtype)
             quantized = plan.quantized_bytes + plan.expert_bytes + plan.other_bytes
             quantized -= self.trained // 4 * self.dtype.itemsize
-            one = self._largest_linear
+            one = self._largest_weight
             # on a card an int8 weight passes through fp32; a layer is quantized there from 16 bits
             again = one * (self.dtype.itemsize + 4 * (self.device.type == "cuda" and precision.mode == "int8"))
             if self.device.type == "cuda":
@@ -198,11 +199,14 @@ class Estimator:
         return plain + anew, load, 0
 
     @property
-    def _largest_linear(self) -> int:
-        return max(
-            (module.weight.numel() for layer in self.layers for module in layer.modules() if type(module) is nn.Linear),
-            default=0,
-        )
+    def _largest_weight(self) -> int:
+        """Numbers of the largest that is made plain at once: of a linear layer, an expert, or on a card all."""
+        modules = [module for layer in self.layers for module in layer.modules()]
+        found = [module.weight.numel() for module in modules if type(module) is nn.Linear]
+        for weight in (weight for module in modules if is_known(module) for weight in module.parameters(recurse=False)):
+            whole = self.device.type == "cuda" and weight.numel() * self.dtype.itemsize <= WHOLE_BYTES
+            found.append(weight.numel() if whole else weight[0].numel())
+        return max(found, default=0)
 
     def _loss(self, tokens: int) -> LossBlocks:
         """As ``training/loss.py`` computes it: a chunk of logits, a block of it in fp32, states and their gradient."""

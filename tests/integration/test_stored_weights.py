@@ -17,6 +17,7 @@ from eulerforge.export.rundir import open_run
 from eulerforge.lora.merge import merge_in_place
 from eulerforge.models import processor
 from eulerforge.models import stored as stored_weights
+from eulerforge.models.experts import StoredExperts
 from eulerforge.models.linear_ops import linear_ops_from
 from eulerforge.models.stored import StoredLinear
 from eulerforge.plugins import load_registry
@@ -79,10 +80,14 @@ def test_every_number_of_the_loaded_model_is_that_of_an_fp32_one(family: str, tm
     run = tinyrun.assembled(tmp_path, **CHANGES, **AUTO)
     wide = tinyrun.assembled(tmp_path, **CHANGES, model__load_precision__mode="fp32")
     layers = stored(run.model)
-    assert len(layers) == run.stored.count > 0
-    assert all(module.weight.dtype == torch.bfloat16 for module in layers.values())
-    assert run.stored.bytes == sum(module.weight.nbytes for module in layers.values())
-    kept = {f"{path}.weight" for path in layers}
+    kept = {f"{path}.weight": module.weight for path, module in layers.items()}
+    experts = {path: m for path, m in run.model.named_modules() if isinstance(m, StoredExperts)}
+    kept |= {f"{path}.{name}": weight for path, m in experts.items() for name, weight in m.named_parameters()}
+    assert (len(kept), len(kept) - len(layers)) == (run.stored.count, run.stored.fused)
+    assert bool(experts) == ("moe" in family or family == "mixtral")
+    assert len(layers) > 0
+    assert all(weight.dtype == torch.bfloat16 for weight in kept.values())
+    assert run.stored.bytes == sum(weight.nbytes for weight in kept.values())
     theirs = dict(wide.model.named_parameters()) | dict(wide.model.named_buffers())
     for name, tensor in (*run.model.named_parameters(), *run.model.named_buffers()):
         assert name in kept or tensor.dtype == theirs[name].dtype, name

@@ -72,7 +72,7 @@ def test_forward_and_gradients_equal_the_float64_reference(
     parameters: tuple[str, ...], loop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if loop:
-        monkeypatch.setattr("eulerforge.lora.grouped.native", lambda *_: False)
+        monkeypatch.setattr("eulerforge.models.grouped.native", lambda *_: False)
     layer = make(parameters=parameters)
     x, index, weights = inputs()
     out = layer(x, index, weights)

@@ -6,6 +6,8 @@ Suffixes of tensor names: _S sorted rows, _E experts, _K what is summed over, _M
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -58,11 +60,18 @@ def native(*operands: torch.Tensor) -> bool:
 
 def grouped_product_loop(a_SK: torch.Tensor, b_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """``grouped_product`` one expert at a time: the fallback, and the reference of the tests."""
-    out_SN = a_SK.new_zeros(a_SK.shape[0], b_EKN.shape[2])
+    return grouped_loop(a_SK, b_EKN.shape[2], ends_E, b_EKN.__getitem__)
+
+
+def grouped_loop(
+    a_SK: torch.Tensor, columns: int, ends_E: torch.Tensor, matrix: Callable[[int], torch.Tensor]
+) -> torch.Tensor:
+    """Each group's rows times ``matrix`` (K, N) of its expert, which is asked for when it is multiplied."""
+    out_SN = a_SK.new_zeros(a_SK.shape[0], columns)
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
         if end > start:
-            torch.mm(a_SK[start:end], b_EKN[expert], out=out_SN[start:end])
+            torch.mm(a_SK[start:end], matrix(expert), out=out_SN[start:end])
         start = end
     return out_SN
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eulerforge.lora.grouped import (
+from eulerforge.models.grouped import (
     group_ends,
     grouped_outer,
     grouped_outer_loop,
