@@ -9,7 +9,7 @@ from typing import Any
 
 import tiny
 
-BACKBONES = {"llama": "llama3", "qwen3": "qwen3"}
+BACKBONES = {"llama": "llama3", "qwen3": "qwen3", "qwen3_moe": "qwen3", "mixtral": "mixtral"}
 FILES = ("adapter.safetensors", "optimizer.safetensors")
 
 

@@ -27,6 +27,8 @@ RUNS = {
         },
     ),
     "llama-int8": ("llama", {"model__load_precision__mode": "int8"}),
+    "mixtral-int4": ("mixtral", {"model__load_precision__mode": "int4"}),
+    "qwen3_moe-int8": ("qwen3_moe", {"model__load_precision__mode": "int8"}),
 }
 STEPS: dict[str, Any] = {
     "model__load_precision__compute_dtype": "fp32",
@@ -44,7 +46,8 @@ STEPS: dict[str, Any] = {
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
     """The prepared folder of a finished run, its family and its settings; tests only read it."""
     family, changes = request.param
-    folder = tinyrun.prepare(tmp_path_factory.mktemp("quantized"), family, **SIZES)
+    sizes = {**SIZES, "moe_intermediate_size": 64} if family == "qwen3_moe" else SIZES
+    folder = tinyrun.prepare(tmp_path_factory.mktemp("quantized"), family, **sizes)
     settings = {**STEPS, **changes}
     assert main(tinyrun.arguments(folder, family, **settings)) == 0
     return folder, family, settings
@@ -92,8 +95,24 @@ def test_bench_reopens_final_and_says_which_base_it_merged_into(
     assert live["tuned"]["loss"] == pytest.approx(found, rel=1e-5)
 
 
+def delta_of(name: str, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What an adapter adds to a tensor of the base's files, which hold every expert by itself; alpha 8, r 4."""
+    path = name.removesuffix(".weight").replace("block_sparse_moe", "mlp")
+    if f"{path}.lora_A" in adapter:
+        return adapter[f"{path}.lora_B"] @ adapter[f"{path}.lora_A"] * 2
+    experts, expert, part = path.rsplit(".", 2)
+    fused = f"{experts}.{'down_proj' if part in ('w2', 'down_proj') else 'gate_up_proj'}"
+    delta = adapter[f"{fused}.lora_B"][int(expert)] @ adapter[f"{fused}.lora_A"][int(expert)] * 2
+    gate, up = delta.chunk(2)
+    return {"w1": gate, "gate_proj": gate, "w3": up, "up_proj": up}.get(part, delta)
+
+
+REPLACED = {"mixtral": 3 * (2 + 4 * 3), "qwen3_moe": 5 + 2 * (2 + 4 * 3)}
+"""Tensors of the files that a run changes: of 3 layers with 4 experts; the first of Qwen3's is dense."""
+
+
 def test_an_export_adds_the_delta_to_the_original_base(trained: tuple[Path, str, dict], tmp_path: Path) -> None:
-    folder, _, settings = trained
+    folder, family, settings = trained
     assert main(["merge", str(folder / "run"), "--output", str(tmp_path / "merged")]) == 0
     receipt = json.loads((tmp_path / "merged" / "eulerforge_export.json").read_text())
     assert receipt["merged_into"] == "original base files"
@@ -101,10 +120,9 @@ def test_an_export_adds_the_delta_to_the_original_base(trained: tuple[Path, str,
     base = load_file(folder / "base" / "model.safetensors")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     adapter = load_file(folder / "run" / "final" / "adapter.safetensors")
-    assert len(receipt["tensors_replaced"]) == 3 * 5
+    assert len(receipt["tensors_replaced"]) == REPLACED.get(family, 3 * 5)
     for name in receipt["tensors_replaced"]:
-        path = name.removesuffix(".weight")
-        delta = adapter[f"{path}.lora_B"] @ adapter[f"{path}.lora_A"] * 2  # alpha 8 / r 4
+        delta = delta_of(name, adapter)
         assert (merged[name] - base[name] - delta).norm() < 1e-3 * delta.norm(), name
     assert all(torch.equal(base[name], merged[name]) for name in base.keys() - set(receipt["tensors_replaced"]))
 
@@ -115,25 +133,31 @@ def test_final_holds_the_quantized_base_and_it_reopens(trained: tuple[Path, str,
     from bitsandbytes.nn import Params4bit
 
     from eulerforge.export.rundir import open_run
+    from eulerforge.models.experts import StoredExperts
     from eulerforge.models.quantized import quantized_ops
     from eulerforge.plugins import load_registry
 
-    folder, _, settings = trained
+    folder, family, settings = trained
     state: dict[str, torch.Tensor] = {}
     for file in (folder / "run" / "final").glob("model_with_adapters*.safetensors"):
         state |= load_file(file)
     model = open_run(folder / "run", registry=load_registry()).model
     layers = {path: m for path, m in model.named_modules() if quantized_ops(m) is not None}
-    assert len(layers) == 3 * 7
-    for path, layer in layers.items():
-        stored = state[f"{path}.weight"]
+    wanted = {f"{path}.weight": (f"{path}.SCB", quantized_ops(m).dequantize(m)) for path, m in layers.items()}
+    for path, experts in model.named_modules():
+        if isinstance(experts, StoredExperts):
+            for name in ("gate_up_proj", "down_proj"):
+                wanted[f"{path}.{name}"] = f"{path}.{name}_SCB", experts.whole(name, torch.float32)
+    linear, fused = {"mixtral": (3 * 4, 3 * 2), "qwen3_moe": (3 * 4 + 3, 2 * 2)}.get(family, (3 * 7, 0))
+    assert (len(layers), len(wanted) - len(layers)) == (linear, fused)
+    for name, (scales, weight) in wanted.items():
         if settings["model__load_precision__mode"] == "int4":
-            parts = {k: v for k, v in state.items() if k.startswith(f"{path}.weight.")}
-            weight = Params4bit.from_prequantized(stored, parts, device="cpu")
-            found = dequantize_4bit(weight.data, weight.quant_state)
+            parts = {k: v for k, v in state.items() if k.startswith(f"{name}.")}
+            read = Params4bit.from_prequantized(state[name], parts, device="cpu")
+            found = dequantize_4bit(read.data, read.quant_state)
         else:
-            found = stored.float() * (state[f"{path}.SCB"].view(-1, 1) / 127)
-        assert torch.equal(found.float(), quantized_ops(layer).dequantize(layer)), path
+            found = state[name].float() * (state[scales][..., None] / 127)
+        assert torch.equal(found.float(), weight), name
 
 
 def test_base_weights_cannot_train_in_a_quantized_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +170,7 @@ def test_base_weights_cannot_train_in_a_quantized_base(tmp_path: Path, capsys: p
     assert "base weights train in fp32 only" in capsys.readouterr().err
 
 
-def test_preflight_refuses_quantized_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preflight_refuses_experts_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tinyrun.prepare(tmp_path, "mixtral", hidden_size=64, head_dim=16)
     words = tinyrun.arguments(folder, "llama", model__load_precision__mode="int4", backbone="auto")
     assert main([*words, "--preflight"]) == 2
