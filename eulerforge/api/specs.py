@@ -78,9 +78,9 @@ class StrategySpec(Spec):
 
     ``config_target`` names a light attrs class that extends ``InjectionConfig`` and owns the strategy's keys.
     ``groups`` are the phase groups that the injected parameters fall into.
-    ``stored_weights`` says that neither it nor its wrappers read values of a linear module's ``weight``, which a CPU
-    without bf16 products may store as bf16 beside fp32 states: they call the module, and read through
-    ``context.linear_ops``. Without it such weights are fp32 before it is asked, at twice the memory.
+    ``stored_weights`` says that neither it nor its wrappers read values of a linear module's ``weight`` or of fused
+    experts, which a CPU without bf16 products may store as bf16 beside fp32 states: they call the module, and read
+    through ``context.linear_ops``. Without it such weights are fp32 before it is asked, at twice the memory.
     """
 
     config_target: str = attrs.field(validator=_check_target)

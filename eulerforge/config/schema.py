@@ -45,7 +45,7 @@ class LoadPrecision:
         " mode, or bf16, but fp32 on a CPU that does not multiply it",
     )
     allow_unquantized_experts: bool = setting(
-        False, help="Load a mixture as int4 or int8 although its fused experts, most of its weights, stay unquantized"
+        False, help="Load a mixture as int4 or int8 although its experts, most of it, do not fit and stay as they are"
     )
 
     def check(self) -> Iterable[Problem]:

@@ -27,8 +27,8 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bf16 Llama of 16 million parameters, and rows of 256 tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A bf16 Llama of 16 million parameters, a Mixtral of 61 million, and rows of 256 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     folder = tmp_path_factory.mktemp("estimate")
     torch.manual_seed(0)
@@ -37,13 +37,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"input_ids": [(7 * row + at) % 90 + 5 for at in range(256)]} for row in range(32)]
     lines = [json.dumps({**row, "labels": row["input_ids"]}) for row in rows]
     (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    mixture = MixtralConfig(**SIZES, num_local_experts=8)
+    MixtralForCausalLM(mixture).to(torch.bfloat16).save_pretrained(folder / "mixture")
+    tiny_tokenizer().save_pretrained(folder / "mixture")
     return folder
 
 
 def command(made: Path, *more: str, **changes: Any) -> dict[str, Any]:
     """The data of ``eulerforge train --json`` in a fresh process."""
     keys = {
-        "model_name": str(made / "base"),
+        "model_name": str(made / changes.pop("model", "base")),
+        "backbone": "auto",
+        "injection.lora_r": 4,
         "device": "cpu",
         "output_dir": str(made / "run"),
         "injection.attn_lora.enabled": True,
@@ -71,14 +76,20 @@ def command(made: Path, *more: str, **changes: Any) -> dict[str, Any]:
     return data
 
 
-CELLS = [
-    {"model__load_precision__mode": "bf16", "injection__lora_dropout": 0.05},
-    {"model__load_precision__compute_dtype": "fp32", "injection__lora_dropout": 0.05},
-    {"model__load_precision__mode": "fp32", "training__gradient_checkpointing": "all", "data__packing": "off"},
-]
+CELLS: dict[str, dict[str, Any]] = {
+    "bf16": {"model__load_precision__mode": "bf16", "injection__lora_dropout": 0.05},
+    "bf16-multiplied-in-fp32": {"model__load_precision__compute_dtype": "fp32", "injection__lora_dropout": 0.05},
+    "fp32-computed-again": {
+        "model__load_precision__mode": "fp32",
+        "training__gradient_checkpointing": "all",
+        "data__packing": "off",
+    },
+    "mixture-multiplied-in-fp32": {"model": "mixture", "model__load_precision__compute_dtype": "fp32"},
+    "mixture-int4": {"model": "mixture", "model__load_precision__mode": "int4"},
+}
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=["bf16", "bf16-multiplied-in-fp32", "fp32-computed-again"])
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_the_estimate_is_what_the_run_takes_on_the_cpu(made: Path, cell: dict[str, Any]) -> None:
     estimated = command(made, "--preflight", **cell)["memory"]
     measured = command(made, "--overwrite", **cell)["peak_memory_bytes"]
@@ -90,7 +101,7 @@ def test_the_estimate_is_what_the_run_takes_on_the_cpu(made: Path, cell: dict[st
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("cell", CELLS, ids=["bf16", "bf16-multiplied-in-fp32", "fp32-computed-again"])
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_the_estimate_is_what_the_run_allocates_on_cuda(made: Path, cell: dict[str, Any]) -> None:
     cell = {**cell, "device": "cuda"}
     estimated = command(made, "--preflight", **cell)["memory"]

@@ -35,6 +35,7 @@ REACHED: dict[str, set[str]] = {
     "qwen3_0.6b_dense_lora_sft": FFN | {"attn.q", "attn.v"},
     "qwen3_8b_int4_dense_lora_sft": FFN | ATTENTION,
     "qwen3_30b_a3b_dense_lora_sft": EXPERTS | {"attn.q", "attn.v"},
+    "qwen3_30b_a3b_int4_dense_lora_sft": EXPERTS | {"attn.q", "attn.v"},
     "qwen3.5_0.8b_dense_lora_sft": FFN | {"attn.q", "attn.v"},
     "qwen3.5_0.8b_hybrid_dense_lora_sft": FFN | {"attn.q", "attn.v", "linear_attn.qkv"},
     "qwen3.5_0.8b_int4_dense_lora_sft": FFN | ATTENTION | LINEAR,
@@ -42,6 +43,7 @@ REACHED: dict[str, set[str]] = {
     "gemma3_1b_dense_lora_sft": FFN | {"attn.q", "attn.v"},
     "gemma3_4b_int4_dense_lora_sft": FFN | ATTENTION,
     "mixtral_8x7b_dense_lora_sft": EXPERTS | {"attn.q", "attn.v"},
+    "mixtral_8x7b_int4_dense_lora_sft": EXPERTS | {"attn.q", "attn.v"},
     "mixtral_8x7b_attention_dense_lora_sft": ATTENTION,
 }
 
