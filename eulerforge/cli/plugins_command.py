@@ -149,7 +149,7 @@ def _offer_json(registry: Registry, offer: Offer) -> dict[str, Any]:
     elif isinstance(spec, PhaseGroupSpec):
         shown["groups"] = list(spec.groups)
     elif isinstance(spec, StrategySpec):
-        shown |= {"groups": list(spec.groups), **_keys_json(registry, spec)}
+        shown |= {"groups": list(spec.groups), "stored_weights": spec.stored_weights, **_keys_json(registry, spec)}
     return shown
 
 
@@ -173,6 +173,9 @@ def _offer_lines(offer: dict[str, Any]) -> Iterator[str]:
     for field in ("isolation", "target", "docs_url", "file", "keys_error"):
         if offer.get(field):
             yield f"  {_words(field)}: {offer[field]}"
+    if "stored_weights" in offer:
+        how = "stay in half precision" if offer["stored_weights"] else "become fp32"
+        yield f"  stored weights: {how} where a CPU multiplies in fp32"
 
 
 def _key_row(key: dict[str, Any]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ model each time. ``who`` is whom a message blames.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from eulerforge.lora.merge import merge_in_place
 from eulerforge.lora.state import adapter_state
 from eulerforge.lora.wrap import adapted_modules, unwrap
 from eulerforge.models.linear_ops import linear_ops_from
+from eulerforge.models.stored import Storage, keep_stored
 from eulerforge.testing.fault import Nonconforming, blamed, listed, require
 from eulerforge.testing.installed import registry
 from eulerforge.testing.probe import TOLERANCE, backward, distance, logits_of, perturb, rounding
@@ -194,6 +196,41 @@ def hold_reload(who: str, make: Make, inject: Inject, folder: Path) -> None:
     )
     lost = sorted(set(names) - adapter_state(model).keys())
     require(not lost, f"{listed(lost)} of {who} is no parameter of an AdaptedModule", "derive the wrapper from it")
+
+
+def hold_stored(who: str, make: Make, inject: Inject) -> None:
+    """Beside weights that are stored as bf16 it computes, trains and merges what it does beside the same in fp32."""
+
+    def model_of(*, stored: bool) -> Any:
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        if stored:
+            keep_stored(model, Storage(dtype=torch.bfloat16, loaded=torch.float32, by_file=True))
+        return model
+
+    results = []
+    for stored in (True, False):
+        model, report = injected(who, partial(model_of, stored=stored), inject)
+        perturb(model)
+        with blamed(
+            f"a pass of {who} beside weights stored as bf16",
+            "call base_layer and read values through context.linear_ops, or take stored_weights out of StrategySpec",
+        ):
+            backward(model)
+            live = logits_of(model)
+        own = dict(model.named_parameters())
+        gradients = {name: own[name].grad for site in report.sites for name in site.parameters}
+        merge_in_place(model, linear_ops_from(registry()))
+        results.append({"logits": live, **gradients, "merged logits": logits_of(model)})
+    ours, theirs = results
+    wrong = [name for name in theirs if distance(ours[name], theirs[name]) > TOLERANCE]
+    require(
+        not wrong,
+        f"{listed(wrong)} of {who} differ beside weights that are stored as bf16",
+        "values of a weight come from context.linear_ops, rounded nowhere",
+    )
 
 
 def hold_one_injection(who: str, make: Make, inject: Inject) -> None:

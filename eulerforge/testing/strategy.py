@@ -230,6 +230,11 @@ class StrategyConformance:
             logits = logits_of(model)
         require(bool(logits.isfinite().all()), f"bf16 logits with {self.strategy} are not finite", "check the dtypes")
 
+    def test_weights_that_are_stored_in_bf16(self) -> None:
+        """If it says `stored_weights`, it does beside such weights what it does beside fp32 ones."""
+        if self.spec().stored_weights:
+            self._hold(behaviour.hold_stored)
+
     def test_it_can_be_rehearsed_without_weights(self) -> None:
         """On the meta device it gives the same report."""
         model, shapes = self.make(), self.make().to("meta")

@@ -112,6 +112,16 @@ STRATEGY_BUGS = {
         "test_a_gradient_reaches_every_parameter",
         "with the strategy kittest raises RuntimeError",
     ),
+    "reads the weight": (
+        (("y = self.base_layer(x)", "y = nn.functional.linear(x, self.weight, self.bias)"),),
+        "test_weights_that_are_stored_in_bf16",
+        "a pass of the strategy kittest beside weights stored as bf16 raises RuntimeError",
+    ),
+    "rounds to the weight's precision": (
+        (("y = self.base_layer(x)", "y = self.base_layer(x.to(self.weight.dtype).to(x.dtype))"),),
+        "test_weights_that_are_stored_in_bf16",
+        "of the strategy kittest differ beside weights that are stored as bf16",
+    ),
     "unreal name": (
         (('f"{target.path}.scale"', 'f"{target.path}.scales"'),),
         "test_the_report_names_what_was_added",
