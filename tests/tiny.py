@@ -13,6 +13,7 @@ __all__ = [
     "CHATML",
     "QUESTIONS",
     "VOCABULARY",
+    "quantize_model",
     "save_tiny",
     "tiny_config",
     "tiny_model",
@@ -35,6 +36,15 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
 def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
     """A model folder in the Hugging Face format, tokenizer included."""
     return tiny_models.save_tiny(folder, ALIASES.get(family, family), seed=seed, **changes)
+
+
+def quantize_model(model: Any, plan: Any, device: Any) -> None:
+    """Quantize a model that is in memory, as loading does with what it reads."""
+    from eulerforge.models.quantize import import_bitsandbytes, quantize_parameter
+
+    import_bitsandbytes()
+    for name in sorted(plan.parameters):
+        quantize_parameter(model, name, model.get_parameter(name).detach(), plan, device)
 
 
 QUESTIONS = [

@@ -16,12 +16,14 @@ import torch
 from eulerforge.config.schema import RunConfig
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.device import base_dtype
+from eulerforge.models.meta import meta_model
 from eulerforge.models.processor import QUANTIZED_MODES
-from eulerforge.models.quantize import import_bitsandbytes, replace_layers
+from eulerforge.models.quantize import import_bitsandbytes, release_files
 from eulerforge.models.quantized import plan_from_config
 from eulerforge.models.soundness import check_folder, check_tokenizer, refuse_not_finite
 from eulerforge.models.source import BaseSource, resolve_source
 from eulerforge.models.stored import StoredReport, keep_stored, refuses_stored, storage_of, widen
+from eulerforge.models.streamed import Streaming, forget
 
 ATTENTION = "model.attn_implementation"
 
@@ -98,22 +100,25 @@ def load_model(
     storage = storage_of(precision, source.folder, device)
     if tokenizer is None:
         tokenizer = _tokenizer(source.folder, run.model.trust_remote_code)
-    model, info = _read(run, source, dtype if storage is None else storage.loaded)
-    if storage is not None and (instead := storage.after(model)):
+    streaming = None
+    if plan is not None:
+        streaming = Streaming(plan=plan, device=device, say=say)
+        if storage is not None:  # asked before: quantizing twice would cost more
+            storage = storage.after(meta_model(run, storage.loaded)) or storage
+    model, info = _read(run, source, dtype if storage is None else storage.loaded, streaming)
+    if plan is None and storage is not None and (instead := storage.after(model)):
         storage = instead
         del model  # before another is read
         model, info = _read(run, source, storage.loaded)
-    _refuse_incomplete(source, info)
+    _refuse_incomplete(source, info, set() if streaming is None else streaming.misfits(model))
     if say is not None and (more := sorted(info.get("unexpected_keys", ()))):
         say(f"warning: {source.name}: {len(more)} tensors have no place in the model and are left out, {more[0]} first")
-    if plan is None:
-        model.to(device)
-    else:
-        refuse_not_finite(model, source.name)
-        replace_layers(model, plan, device)
+    model.to(device)
+    if plan is not None:
+        release_files(model)
     stored = None if storage is None else keep_stored(model, storage)
-    if plan is None:  # what was rounded may have overflowed
-        refuse_not_finite(model, source.name)
+    # what was rounded may have overflowed
+    refuse_not_finite(model, source.name, () if streaming is None else streaming.not_finite)
     if stored and (why := refuses_stored(model)):
         widen(model)
         stored = None
@@ -129,8 +134,13 @@ def load_model(
     )
 
 
-def _read(run: RunConfig, source: BaseSource, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model of a folder with its weights in ``dtype``, and what transformers has to say about its tensors."""
+def _read(
+    run: RunConfig, source: BaseSource, dtype: torch.dtype, streaming: Streaming | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The model of a folder with its weights in ``dtype``, and what transformers has to say about its tensors.
+
+    With ``streaming`` those of its plan are quantized as they are read.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
@@ -148,8 +158,11 @@ def _read(run: RunConfig, source: BaseSource, dtype: torch.dtype) -> tuple[Any, 
             # it would only raise, and not say which
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **({} if streaming is None else streaming.arguments()),
         )
     except Exception as error:
+        if streaming is not None and streaming.error is not None:
+            raise streaming.error from error
         key = "model_name"
         hint = "--debug shows the whole error; a model with code of its own needs model.trust_remote_code = true"
         if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):
@@ -157,12 +170,14 @@ def _read(run: RunConfig, source: BaseSource, dtype: torch.dtype) -> tuple[Any, 
         raise ModelError(f"{source.name} cannot be loaded: {first_line(error)}", key=key, hint=hint) from error
     finally:
         hf_logging.set_verbosity(loud)
+    if streaming is not None:
+        forget(model)
     return model, info
 
 
-def _refuse_incomplete(source: BaseSource, info: dict[str, Any]) -> None:
+def _refuse_incomplete(source: BaseSource, info: dict[str, Any], misfits: set[str]) -> None:
     missing = sorted(info.get("missing_keys", ()))
-    mismatched = sorted(str(item[0]) for item in info.get("mismatched_keys", ()))
+    mismatched = sorted({str(item[0]) for item in info.get("mismatched_keys", ())} | misfits)
     if missing or mismatched:
         first = (missing or mismatched)[0]
         raise ModelError(

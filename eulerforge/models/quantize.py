@@ -1,6 +1,5 @@
-"""A loaded base made a quantized one: bitsandbytes' layers in the places of linear ones, and experts in fewer bits.
+"""One weight made a quantized one: a bitsandbytes layer in the place of a linear one, experts in fewer bits.
 
-Linear layers and the fused experts of a mixture are quantized one by one after the checkpoint is in memory.
 bitsandbytes is imported only when a run asks for a quantized base.
 """
 
@@ -26,7 +25,7 @@ def import_bitsandbytes() -> Any:
     """
     log = logging.getLogger("bitsandbytes")
     level = log.level
-    # on import it warns of a missing kernel for a CPU path that we switch off (see replace_layers)
+    # on import it warns of a missing kernel for a CPU path that we switch off (see _int4)
     log.setLevel(logging.ERROR)
     try:
         return importlib.import_module("bitsandbytes")
@@ -41,24 +40,33 @@ def import_bitsandbytes() -> Any:
 
 
 @torch.no_grad()
-def replace_layers(model: nn.Module, plan: QuantizationPlan, device: torch.device) -> None:
-    """Quantize the plan's layers in place, each onto ``device``; the plain weight is freed before the next."""
-    import_bitsandbytes()
-    for path in plan.layers:
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)  # noqa: S101 - the plan was made from the same config
-        made = _int8(linear, plan, device) if plan.precision.mode == "int8" else _int4(linear, plan, device)
-        model.set_submodule(path, made)
-    for path in plan.fused:
-        module, _, name = path.rpartition(".")
-        _quantize_experts(store(model.get_submodule(module), plan.dtype), name, plan, device)
-    # one weight that is still the file's own pages would keep all of them in memory, the quantized ones too
-    for parameter in model.parameters() if device.type == "cpu" else ():
-        if parameter.is_floating_point():
+def quantize_parameter(
+    model: nn.Module, name: str, weight: torch.Tensor, plan: QuantizationPlan, device: torch.device
+) -> nn.Parameter:
+    """Quantize ``weight`` onto ``device`` as the parameter ``name`` of the plan, and give back the parameter.
+
+    A quantized layer takes the place of the plain one, whose own weight may be on the meta device.
+    """
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    if name in plan.fused:
+        parameter = _int8_experts if plan.precision.mode == "int8" else _int4_experts
+        return parameter(store(module, plan.dtype), own, weight, plan, device)
+    assert isinstance(module, nn.Linear)  # noqa: S101 - the plan was made from the same config
+    made = _int8 if plan.precision.mode == "int8" else _int4
+    quantized = made(module, weight, plan, device)
+    model.set_submodule(path, quantized)
+    return quantized.weight  # type: ignore[return-value]
+
+
+def release_files(model: nn.Module) -> None:
+    """Copy what is left of the files' own pages: one such weight would keep all in memory, the quantized ones too."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
 
 
-def _int4(linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn.Module:
+def _int4(linear: nn.Linear, weight: torch.Tensor, plan: QuantizationPlan, device: torch.device) -> nn.Module:
     from bitsandbytes.nn import Params4bit
 
     from eulerforge.models.quantized_linear import Int4Linear
@@ -72,7 +80,6 @@ def _int4(linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn
             compute_dtype=plan.dtype,
             **settings,
         )
-    weight = linear.weight.detach()
     made.weight = Params4bit(weight, requires_grad=False, module=made, **settings).to(device)
     made.weight.quant_state.dtype = plan.dtype  # of the products, whatever the file's is
     made.bias = linear.bias
@@ -82,51 +89,64 @@ def _int4(linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn
     return made.train(linear.training)
 
 
-def _int8(linear: nn.Linear, plan: QuantizationPlan, device: torch.device) -> nn.Module:
+def _int8(linear: nn.Linear, weight: torch.Tensor, plan: QuantizationPlan, device: torch.device) -> nn.Module:
     from eulerforge.models.quantized_linear import Int8Linear
 
-    return Int8Linear.of(linear, device=device, compute_dtype=plan.dtype)
+    return Int8Linear.of(linear, weight, device=device, compute_dtype=plan.dtype)
 
 
-def _quantize_experts(experts: StoredExperts, name: str, plan: QuantizationPlan, device: torch.device) -> None:
-    """Quantize a fused parameter, one expert after the other: each as a linear layer of its own would be.
+def _int8_experts(
+    experts: StoredExperts, name: str, weight_EOI: torch.Tensor, plan: QuantizationPlan, device: torch.device
+) -> nn.Parameter:
+    """Quantize a fused parameter, one expert after the other: each as a linear layer of its own would be."""
+    from bitsandbytes.functional import int8_vectorwise_quant
 
-    Only the double quantization of 4-bit constants spans them all, as where bitsandbytes quantizes the whole tensor.
-    """
-    from bitsandbytes.functional import QuantState, int8_vectorwise_quant, quantize_4bit, quantize_blockwise
+    rows_EOI = torch.empty(weight_EOI.shape, dtype=torch.int8, device=device)
+    scale_EO = torch.empty(weight_EOI.shape[:2], device=device)
+    for expert, weight_OI in enumerate(weight_EOI):
+        rows_EOI[expert], scale_EO[expert], _ = int8_vectorwise_quant(weight_OI.to(device, torch.float16))
+    parameter = nn.Parameter(rows_EOI, requires_grad=False)
+    experts.register_parameter(name, parameter)
+    experts.register_buffer(name + SCALES, scale_EO)
+    return parameter
+
+
+def _int4_experts(
+    experts: StoredExperts, name: str, weight_EOI: torch.Tensor, plan: QuantizationPlan, device: torch.device
+) -> nn.Parameter:
+    """As in int8; only the double quantization of the constants spans all experts, as where bitsandbytes quantizes
+    the whole tensor."""
+    from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
     from bitsandbytes.nn import Params4bit
 
-    weight_EOI = experts.get_parameter(name).detach()
-    shape, precision = weight_EOI.shape, plan.precision
-    if precision.mode == "int8":
-        rows_EOI = torch.empty(shape, dtype=torch.int8, device=device)
-        scale_EO = torch.empty(shape[:2], device=device)
-        for expert, weight_OI in enumerate(weight_EOI):
-            rows_EOI[expert], scale_EO[expert], _ = int8_vectorwise_quant(weight_OI.to(device, torch.float16))
-        experts.register_parameter(name, nn.Parameter(rows_EOI, requires_grad=False))
-        experts.register_buffer(name + SCALES, scale_EO)
-        return
-    packed_E = torch.empty(shape[0], shape[1] * shape[2] // 2, dtype=torch.uint8, device=device)
-    absmax_E = torch.empty(shape[0], shape[1] * shape[2] // BLOCK, device=device)
+    count, out, into = weight_EOI.shape
+    packed_E = torch.empty(count, out * into // 2, dtype=torch.uint8, device=device)
+    absmax_E = torch.empty(count, out * into // BLOCK, device=device)
     for expert, weight_OI in enumerate(weight_EOI):
-        packed, one = quantize_4bit(weight_OI.to(device), blocksize=BLOCK, quant_type=precision.quant_type)
+        packed, one = quantize_4bit(weight_OI.to(device), blocksize=BLOCK, quant_type=plan.precision.quant_type)
         packed_E[expert], absmax_E[expert] = packed.view(-1), one.absmax
     absmax, nested = absmax_E.view(-1), {}
-    if precision.double_quant:
+    if plan.precision.double_quant:
         offset = absmax.mean()
         absmax, second = quantize_blockwise(absmax - offset, blocksize=256)
         nested = {"offset": offset, "state2": second}
     state = QuantState(
-        absmax=absmax, shape=shape, dtype=plan.dtype, blocksize=BLOCK, code=one.code, quant_type=precision.quant_type,
+        absmax=absmax,
+        shape=weight_EOI.shape,
+        dtype=plan.dtype,
+        blocksize=BLOCK,
+        code=one.code,
+        quant_type=plan.precision.quant_type,
         **nested,
-    )  # fmt: skip
+    )
     parameter = Params4bit(
         packed_E.view(-1, 1),
         requires_grad=False,
         quant_state=state,
         blocksize=BLOCK,
-        compress_statistics=precision.double_quant,
-        quant_type=precision.quant_type,
+        compress_statistics=plan.precision.double_quant,
+        quant_type=plan.precision.quant_type,
         bnb_quantized=True,
     )
     experts.register_parameter(name, parameter)
+    return parameter  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ OUT_MULTIPLE = 32  # what bitsandbytes' kernels ask of out_features
 KEY = "model.load_precision"
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, slots=False)
 class QuantizationPlan:
     """What becomes of a model's parameters: paths of the layers to quantize, and all that stays in ``dtype``.
 
@@ -44,6 +45,11 @@ class QuantizationPlan:
     quantized_bytes: int
     expert_bytes: int
     other_bytes: int
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """The names of all parameters to quantize."""
+        return frozenset((*(f"{path}.weight" for path in self.layers), *self.fused))
 
     def lines(self) -> list[str]:
         """What is announced before a byte of the weights is read."""

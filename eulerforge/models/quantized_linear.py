@@ -32,9 +32,11 @@ class Int8Linear(Linear8bitLt):
     compute_dtype: torch.dtype
 
     @classmethod
-    def of(cls, plain: nn.Linear, *, device: torch.device, compute_dtype: torch.dtype) -> Int8Linear:
-        """Quantize a plain layer onto ``device``; its bias is taken over as it is."""
-        rows, scale, _ = int8_vectorwise_quant(plain.weight.detach().to(device, torch.float16))
+    def of(
+        cls, plain: nn.Linear, weight_OI: torch.Tensor, *, device: torch.device, compute_dtype: torch.dtype
+    ) -> Int8Linear:
+        """Quantize the weight of a plain layer onto ``device``; the layer's bias is taken over as it is."""
+        rows, scale, _ = int8_vectorwise_quant(weight_OI.to(device, torch.float16))
         with torch.device("meta"):
             made = cls(plain.in_features, plain.out_features, bias=plain.bias is not None, has_fp16_weights=False)
         made.weight = Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scale)

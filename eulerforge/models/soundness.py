@@ -11,7 +11,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,21 @@ def is_quantized(folder: Path) -> bool:
     return _lies_there(path) and "quantization_config" in _json_object(path)
 
 
-def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
+def refuse_not_finite(model: torch.nn.Module, name: str, known: Iterable[str] = ()) -> None:
     """One pass over the weights, where they are: a NaN would make every number of a run NaN.
+
+    ``known`` are tensors that were found so before they were quantized.
 
     Raises:
         ModelError: it names the first tensor.
     """
     wrong = [
-        key
-        for key, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor)
+        *known,
+        *(
+            key
+            for key, tensor in [*model.named_parameters(), *model.named_buffers()]
+            if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor)
+        ),
     ]
     if wrong:
         raise ModelError(
@@ -105,7 +110,7 @@ def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
         )
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """A sum is finite only if all of its parts are; where it overflows, every part is looked at.
 
     Piece by piece, because the sum of a fp16 tensor is taken of its fp32 copy: of a large embedding that is twice its

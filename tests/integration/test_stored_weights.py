@@ -153,7 +153,9 @@ def test_a_base_to_quantize_passes_through_memory_as_its_file_has_it(
     prepared(tmp_path, hidden_size=64, intermediate_size=96, head_dim=16)
     asked: list[torch.dtype] = []
     read = load._read
-    monkeypatch.setattr(load, "_read", lambda run, source, dtype: asked.append(dtype) or read(run, source, dtype))
+    monkeypatch.setattr(
+        load, "_read", lambda run, source, dtype, how: asked.append(dtype) or read(run, source, dtype, how)
+    )
     changes = {**CHANGES, "model__load_precision__mode": mode}
     assert main(tinyrun.arguments(tmp_path, **changes)) == 0
     monkeypatch.setattr(load, "storage_of", lambda *settings: None)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import save_tiny, tiny_model
+from tiny import quantize_model, save_tiny, tiny_model
 from torch import nn
 
 from eulerforge.config.schema import LoadPrecision, ModelConfig, RunConfig
@@ -21,7 +21,6 @@ from eulerforge.lora.product import low_rank
 from eulerforge.lora.wrap import wrap_linear
 from eulerforge.models.linear_ops import linear_ops_from
 from eulerforge.models.load import load_model
-from eulerforge.models.quantize import replace_layers
 from eulerforge.models.quantized import (
     QuantizationPlan,
     parameter_count,
@@ -52,7 +51,7 @@ def quantized(precision: LoadPrecision, family: str = "llama", device: torch.dev
     """A tiny model with its decoder's linear layers quantized, and every one of them checked to be so."""
     model = tiny_model(family, **SIZES, **changes).to(_dtype(precision))
     plan = plan_of(model, precision, _dtype(precision))
-    replace_layers(model, plan, device)
+    quantize_model(model, plan, device)
     assert quantized_modules(model) == len(plan.layers) > 0
     return model.to(device)
 
@@ -67,7 +66,7 @@ def quantized_layer(linear: nn.Linear, precision: LoadPrecision) -> Any:
     sizes = dict.fromkeys(("layer_bytes", "quantized_bytes", "expert_bytes", "other_bytes"), 0)
     none: dict[str, Any] = {"fused": (), "unfit": {}, "experts": ()}
     plan = QuantizationPlan(precision=precision, dtype=_dtype(precision), layers=("0",), **none, **sizes)
-    replace_layers(model, plan, CPU)
+    quantize_model(model, plan, CPU)
     return model[0]
 
 
@@ -211,7 +210,7 @@ def test_quantizing_a_merged_weight_again_would_lose_what_was_learned() -> None:
     merged = OPS(layer).dequantize(layer) + delta
     holder = tiny_model(**SIZES)
     holder.model.layers[0].mlp.gate_proj.weight.data.copy_(merged)
-    replace_layers(holder, plan_of(holder, MODES["nf4"], torch.float32), CPU)
+    quantize_model(holder, plan_of(holder, MODES["nf4"], torch.float32), CPU)
     again = holder.model.layers[0].mlp.gate_proj
     assert (OPS(again).dequantize(again) - merged).norm() / delta.norm() > 0.2
 
@@ -271,7 +270,7 @@ def test_layers_that_do_not_fit_are_named() -> None:
     assert not any("in_proj_a" in path or "in_proj_b" in path or "conv1d" in path for path in plan.layers)
     (line,) = [line for line in plan.lines() if line.startswith("not quantized")]
     assert "in_proj_a (2 of 4 x 64)" in line
-    replace_layers(model, plan, CPU)
+    quantize_model(model, plan, CPU)
     assert evaluate(model).isfinite().all()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import quantize_model, tiny_model
 from torch import nn
 
 from eulerforge.config.schema import LoadPrecision
@@ -21,7 +21,6 @@ from eulerforge.lora.wrap import wrap_experts
 from eulerforge.models import experts as module_under_test
 from eulerforge.models.experts import DOWN, GATE_UP, StoredExperts, is_known, shape_of, store
 from eulerforge.models.linear_ops import PLAIN
-from eulerforge.models.quantize import replace_layers
 from eulerforge.models.quantized import parameter_count, plan_of
 
 CPU = torch.device("cpu")
@@ -58,7 +57,7 @@ def stored_in(form: str, family: str = "mixtral") -> Any:
         plan = plan_of(model, MODES[form], torch.float32)
         assert {f"model.layers.1.mlp.experts.{name}" for name in BOTH} <= set(plan.fused)
         assert not plan.experts
-        replace_layers(model, plan, CPU)
+        quantize_model(model, plan, CPU)
     assert isinstance(experts, StoredExperts)
     assert not any(parameter.dtype == torch.float32 for parameter in experts.parameters())
     return experts
@@ -124,7 +123,7 @@ def test_adapters_beside_it_are_those_beside_plain_weights_to_the_bit(
 def test_bf16_products_of_a_4_bit_base_are_those_of_its_weights_in_bf16() -> None:
     model = model_of("mixtral").to(torch.bfloat16)
     precision = attrs.evolve(MODES["nf4"], compute_dtype="bf16")
-    replace_layers(model, plan_of(model, precision, torch.bfloat16), CPU)
+    quantize_model(model, plan_of(model, precision, torch.bfloat16), CPU)
     experts = model.model.layers[0].mlp.experts
     twin = plain_twin(experts)
     assert twin.down_proj.dtype == torch.bfloat16
