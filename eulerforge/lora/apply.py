@@ -19,8 +19,12 @@ from eulerforge.api import BackboneAdapter, BackboneSpec, InjectionContext, Inje
 from eulerforge.api.report import ranges
 from eulerforge.errors import EulerForgeError, ModelError, PluginError
 from eulerforge.lora.coverage import Gap, Place, layer_names, uncovered
+from eulerforge.lora.experts import LoRAExperts
+from eulerforge.lora.wrap import adapted_modules
 from eulerforge.models.linear_ops import linear_ops_from
 from eulerforge.models.load import model_types
+from eulerforge.models.processor import QUANTIZED_MODES
+from eulerforge.models.quantized import quantizes_experts
 from eulerforge.models.stored import widen
 
 if TYPE_CHECKING:
@@ -95,6 +99,8 @@ def apply_injection(run: RunConfig, registry: Registry, model: nn.Module) -> Inj
             f"strategy {strategy_spec.name} on backbone {chosen.spec.name} raised {type(error).__name__}: {error}",
             hint="--debug shows the traceback; report it to the plugin's author",
         ) from error
+    if not strategy_spec.stored_weights and run.model.load_precision.mode in QUANTIZED_MODES:
+        _refuse_own_experts(model, strategy_spec.name, run.model.load_precision.mode)
     report, faults, partial = _measured(run, model, adapter, report, before)
     if not report.sites:
         raise _nothing_trains(report, partial)
@@ -194,6 +200,21 @@ def _unmatched_problem(model: nn.Module, prefixes: tuple[str, ...], keyword: str
             message += f"; {path} lies outside the decoder layers and is never adapted"
             break
     return Problem(message=message, key="injection", hint=f"nearest names in the model: {', '.join(names)}")
+
+
+def _refuse_own_experts(model: nn.Module, strategy: str, mode: str) -> None:
+    """Refuse a strategy whose own wrappers would read quantized experts as numbers: int8 ones would only be wrong.
+
+    Raises:
+        ModelError: it names the first.
+    """
+    for path, module in adapted_modules(model):
+        if not isinstance(module, LoRAExperts) and quantizes_experts(module.base_layer):
+            raise ModelError(
+                f"{mode} stores the experts at {path} in another form, which the strategy {strategy} may read itself",
+                key="model.load_precision.mode",
+                hint="--set model.load_precision.mode=bf16, or a strategy whose StrategySpec says stored_weights",
+            )
 
 
 def _vision_problems(model: Any, report: InjectionReport) -> list[Problem]:

@@ -69,7 +69,7 @@ class StoredExperts(nn.Module):
         y_SH = _Product.apply(gated_S, self, DOWN, ends_E) * top_k_weights.reshape(-1)[order_S, None]
         places_S = torch.empty_like(order_S)
         places_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        return y_SH[places_S].view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
+        return y_SH[places_S].view(*top_k_index.shape, y_SH.shape[1]).sum(dim=1).to(hidden_states.dtype)
 
     def product(self, name: str, a_SI: torch.Tensor, ends_E: torch.Tensor, *, transposed: bool) -> torch.Tensor:
         """Each pair's row times its expert's weight, or with ``transposed`` the weight's transpose, as forward."""

@@ -93,11 +93,11 @@ def load_model(
         import_bitsandbytes()
         plan = plan_from_config(source.folder, precision, dtype, remote_code=run.model.trust_remote_code)
         plan.refuse(source.name)
-        if say is not None:
-            for line in plan.lines():
-                say(line)
     check_folder(source.folder)
     storage = storage_of(precision, source.folder, device)
+    if plan is not None and say is not None:
+        for line in plan.lines(None if storage is None else storage.dtype):
+            say(line)
     if tokenizer is None:
         tokenizer = _tokenizer(source.folder, run.model.trust_remote_code)
     streaming = None
@@ -117,6 +117,8 @@ def load_model(
     if plan is not None:
         release_files(model)
     stored = None if storage is None else keep_stored(model, storage)
+    if stored is not None and stored.fused:
+        release_files(model)
     # what was rounded may have overflowed
     refuse_not_finite(model, source.name, () if streaming is None else streaming.not_finite)
     if stored and (why := refuses_stored(model)):

@@ -60,9 +60,13 @@ def quantize_parameter(
 
 
 def release_files(model: nn.Module) -> None:
-    """Copy what is left of the files' own pages: one such weight would keep all in memory, the quantized ones too."""
+    """Copy what is left of the files' own pages: one such weight would keep all in memory, also what was made anew.
+
+    That is what was quantized, and experts, unless the files hold them fused: these stay as they are.
+    """
+    experts = {id(p) for m in model.modules() if isinstance(m, StoredExperts) for p in m.parameters(recurse=False)}
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.device.type == "cpu":
+        if parameter.is_floating_point() and parameter.device.type == "cpu" and id(parameter) not in experts:
             parameter.data = parameter.data.clone()
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from eulerforge.config.schema import LoadPrecision
 from eulerforge.errors import ModelError, first_line
 from eulerforge.models.device import DTYPE_NAMES
-from eulerforge.models.experts import is_known
+from eulerforge.models.experts import DOWN, StoredExperts, is_known
 from eulerforge.models.sizes import gib
 
 BLOCK = 64  # weights that share one scale in 4 bits; a row holds whole blocks
@@ -51,8 +51,8 @@ class QuantizationPlan:
         """The names of all parameters to quantize."""
         return frozenset((*(f"{path}.weight" for path in self.layers), *self.fused))
 
-    def lines(self) -> list[str]:
-        """What is announced before a byte of the weights is read."""
+    def lines(self, stored: torch.dtype | None = None) -> list[str]:
+        """What is announced before a byte of the weights is read; experts that are left stay in ``stored``, if any."""
         kept = DTYPE_NAMES[self.dtype]
         fused = f" and {len(self.fused)} fused expert tensors" if self.fused else ""
         lines = [
@@ -66,7 +66,7 @@ class QuantizationPlan:
                 f" {names}"
             )
         if self.experts:
-            lines.append(f"not quantized: {self._experts_line()}")
+            lines.append(f"not quantized: {self._experts_line(stored or self.dtype)}")
         return lines
 
     def refuse(self, name: str) -> None:
@@ -78,7 +78,7 @@ class QuantizationPlan:
         mode = self.precision.mode
         if self.experts and not self.precision.allow_unquantized_experts:
             raise ModelError(
-                f"{mode} does not reach the experts of {name}: {self._experts_line()}",
+                f"{mode} does not reach the experts of {name}: {self._experts_line(self.dtype)}",
                 key=f"{KEY}.mode",
                 hint=f"--set {KEY}.allow_unquantized_experts=true loads them so all the same; the whole model then"
                 f" takes {gib(self.expert_bytes + self.quantized_bytes + self.other_bytes)}",
@@ -90,11 +90,18 @@ class QuantizationPlan:
                 hint=f"out_features must be a multiple of {OUT_MULTIPLE}, in_features of {BLOCK}; use mode = bf16",
             )
 
-    def _experts_line(self) -> str:
+    def _experts_line(self, dtype: torch.dtype) -> str:
+        size = self.expert_bytes // self.dtype.itemsize * dtype.itemsize
         return (
-            f"{len(self.experts)} fused expert tensors, {self.experts[0]} first, stay {DTYPE_NAMES[self.dtype]} and"
-            f" take {gib(self.expert_bytes)}, because of their layout, or in_features that are no multiple of {BLOCK}"
+            f"{len(self.experts)} fused expert tensors, {self.experts[0]} first, stay {DTYPE_NAMES[dtype]} and"
+            f" take {gib(size)}, because of their layout, or in_features that are no multiple of {BLOCK}"
         )
+
+
+def quantizes_experts(module: nn.Module) -> bool:
+    """Whether a quantized base stores weights of this module in another form, or will."""
+    fits = (weight.shape[-1] % BLOCK == 0 for weight in module.parameters(recurse=False))
+    return isinstance(module, StoredExperts) or (is_known(module) and module.get_parameter(DOWN).is_meta and any(fits))
 
 
 def plan_from_config(
@@ -142,7 +149,10 @@ def plan_of(model: Any, precision: LoadPrecision, dtype: torch.dtype) -> Quantiz
         )
     layers, fused, experts, numbers, scales = [], [], [], 0, 0.0
     unfit: Counter[tuple[str, int, int]] = Counter()
+    wrappers = [path for path, module in decoder_layers.named_modules(prefix=prefix) if hasattr(module, "base_layer")]
     for path, module in decoder_layers.named_modules(prefix=prefix):
+        if any(f"{path}.".startswith(f"{at}.") and not path.startswith(f"{at}.base_layer") for at in wrappers):
+            continue  # an adapter's own
         if type(module) is nn.Linear:
             out, into = module.out_features, module.in_features
             if out % OUT_MULTIPLE or into % BLOCK:

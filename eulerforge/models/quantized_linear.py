@@ -94,9 +94,10 @@ def int4_rows_into(
     """
     columns = out_RI.shape[1]
     numbers, blocks = packed.view(-1).view(torch.uint8), columns // state.blocksize
+    dequantize = torch.ops.bitsandbytes.dequantize_4bit
     for part in _parts(out_RI):
         first, end = first_row + part.start, first_row + part.stop
-        part_PI = torch.ops.bitsandbytes.dequantize_4bit.default(
+        given = (
             numbers[first * columns // 2 : end * columns // 2].view(-1, 1),
             absmax[first * blocks : end * blocks],
             state.blocksize,
@@ -104,7 +105,10 @@ def int4_rows_into(
             (end - first, columns),
             out_RI.dtype,
         )
-        out_RI[part].copy_(part_PI)
+        if out_RI.device.type == "cuda" and out_RI.is_contiguous():
+            dequantize.out(*given, out=out_RI[part])
+        else:
+            out_RI[part].copy_(dequantize.default(*given))
 
 
 def _parts(out_RI: torch.Tensor) -> Iterator[slice]:

@@ -6,7 +6,9 @@ product into a room that is still in the cache costs a third of one into fresh m
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +39,17 @@ def room(name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False):  # one that evaluation made could not be written to in training
             kept = rooms[name, like.dtype] = torch.empty(count, dtype=like.dtype)
     return kept[:count].view(shape)
+
+
+def is_glibc() -> bool:
+    """Whether the C library is glibc."""
+    return platform.libc_ver()[0] == "glibc"
+
+
+def trim_heap() -> None:
+    """Give the system back what the C library has kept of freed memory, between blocks that are in use too."""
+    if is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -173,9 +173,9 @@ class StoredReport:
     def line(self) -> str:
         """What a run says."""
         half = DTYPE_NAMES[self.dtype]
-        said = f"weights: {self.count - self.fused} linear layers"
-        said += f" and {self.fused} fused expert tensors" if self.fused else ""
-        said += f" stay {half}"
+        counts = {"linear layers": self.count - self.fused, "fused expert tensors": self.fused}
+        named = [f"{count} {name}" for name, count in counts.items() if count] or ["0 linear layers"]
+        said = f"weights: {' and '.join(named)} stay {half}"
         if self.count:
             said += f", {gib(self.bytes)} instead of {gib(2 * self.bytes)}, and are multiplied in fp32"
         # a strategy may also have copied layers
@@ -222,7 +222,9 @@ def keep_stored(model: Any, storage: Storage, *, all_wide: bool = False) -> Stor
             tensor.data = tensor.data.float()
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.dtype = torch.float32
-    unknown = [p for layer in layers for p in layer.parameters() if p.ndim == 3 and id(p) not in kept]
+    modules = [module for layer in layers for module in layer.modules()]
+    others = [module for module in modules if not isinstance(module, (nn.modules.conv._ConvNd, StoredExperts))]
+    unknown = [p for module in others for p in module.parameters(recurse=False) if p.ndim == 3]
     return StoredReport(
         dtype=storage.dtype,
         found=len(kept),

@@ -8,7 +8,7 @@ measured. What the C library's heap holds beside the blocks that are alive is in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from eulerforge.data.packing import Layout
 from eulerforge.models.device import base_dtype
-from eulerforge.models.experts import WHOLE_BYTES, is_known
+from eulerforge.models.experts import WHOLE_BYTES, StoredExperts, is_known
 from eulerforge.models.processor import QUANTIZED_MODES
 from eulerforge.models.quantized import parameter_count, plan_of
 from eulerforge.models.stored import StoredReport
@@ -182,15 +182,19 @@ class Estimator:
             plan = plan_of(self.model, precision, self.dtype)
             quantized = plan.quantized_bytes + plan.expert_bytes + plan.other_bytes
             quantized -= self.trained // 4 * self.dtype.itemsize
-            one = self._largest_weight
+            one, fused = self._largest_weight, self._largest_fused
             # on a card an int8 weight passes through fp32; a layer is quantized there from 16 bits
             again = one * (self.dtype.itemsize + 4 * (self.device.type == "cuda" and precision.mode == "int8"))
             if self.device.type == "cuda":
                 return quantized, quantized + one * (self.dtype.itemsize + 2), again
-            return quantized, load + (quantized if mapped else 0), again
+            # quantized as it is read: the files' pages, what is done, and the tensor that it is at
+            return quantized, read + quantized + max(one, fused) * at_first.itemsize, again
         if self.stored is not None:
             half, stored = self.stored.bytes // self.stored.dtype.itemsize, self.stored.bytes
             rest = plain - half * self.dtype.itemsize
+            if fused := sum(weight.nbytes for weight in self._experts(StoredExperts)):
+                # made anew from single ones, beside the files' pages, which are then given back
+                return stored + rest, read + fused + rest, 0
             # loading has looked at every weight, so all pages of the file are there
             if mapped:
                 return rest + (read if stored else 0), rest + read, 0
@@ -201,12 +205,22 @@ class Estimator:
     @property
     def _largest_weight(self) -> int:
         """Numbers of the largest that is made plain at once: of a linear layer, an expert, or on a card all."""
-        modules = [module for layer in self.layers for module in layer.modules()]
+        modules = (module for layer in self.layers for module in layer.modules())
         found = [module.weight.numel() for module in modules if type(module) is nn.Linear]
-        for weight in (weight for module in modules if is_known(module) for weight in module.parameters(recurse=False)):
+        for weight in self._experts():
             whole = self.device.type == "cuda" and weight.numel() * self.dtype.itemsize <= WHOLE_BYTES
             found.append(weight.numel() if whole else weight[0].numel())
         return max(found, default=0)
+
+    @property
+    def _largest_fused(self) -> int:
+        return max((weight.numel() for weight in self._experts()), default=0)
+
+    def _experts(self, kind: type[nn.Module] = nn.Module) -> Iterator[torch.Tensor]:
+        """The weights of fused experts in a layout that is known."""
+        for module in (module for layer in self.layers for module in layer.modules()):
+            if isinstance(module, kind) and is_known(module):
+                yield from module.parameters(recurse=False)
 
     def _loss(self, tokens: int) -> LossBlocks:
         """As ``training/loss.py`` computes it: a chunk of logits, a block of it in fp32, states and their gradient."""

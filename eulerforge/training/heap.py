@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import attrs
 
+from eulerforge.models.room import is_glibc
 from eulerforge.training.bigblocks import big_blocks_are_aligned
-from eulerforge.training.limits import is_glibc
 from eulerforge.training.peak import StepPeak
 
 

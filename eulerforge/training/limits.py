@@ -6,14 +6,14 @@ that part is not subtracted.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import resource
 from pathlib import Path
 
 import attrs
 import torch
+
+from eulerforge.models.room import trim_heap
 
 UNLIMITED = 1 << 60
 """What the first version of control groups says for no limit is a number about as large as this."""
@@ -91,14 +91,8 @@ def resident_bytes() -> int | None:
 
 def settled_bytes() -> int:
     """Bytes that the process holds, after the C library gave back what it can; 0 where the system does not say."""
-    if is_glibc():
-        ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     return resident_bytes() or 0
-
-
-def is_glibc() -> bool:
-    """Whether the C library is glibc."""
-    return platform.libc_ver()[0] == "glibc"
 
 
 def _number(path: Path) -> int | None:
