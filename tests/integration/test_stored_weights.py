@@ -351,3 +351,57 @@ def test_an_fp32_file_is_not_counted_where_its_numbers_are_rounded(tmp_path: Pat
     run = tinyrun.assembled(tmp_path, estimates=True, **CHANGES, model__load_precision__mode="bf16")
     base = {name: parameter for name, parameter in run.model.named_parameters() if "lora_" not in name}
     assert run.estimated.found.weights == sum(parameter.nbytes for parameter in base.values())
+
+
+def test_a_strategy_that_may_read_experts_is_refused_a_base_that_quantizes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An int8 expert read as numbers lacks its scale: the run would go on, and be wrong."""
+    monkeypatch.setattr(plugin, "StrategySpec", lambda **facts: StrategySpec(**{**facts, "stored_weights": False}))
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
+    prepared(tmp_path, "mixtral", **sizes)
+    changes = {**CHANGES, "model__load_precision__mode": "int8"}
+    assert main(tinyrun.arguments(tmp_path, **changes)) == 0  # the wrapper is ours, which can do with them
+    monkeypatch.setattr("eulerforge.lora.apply.LoRAExperts", ())  # as if it were its own
+    capsys.readouterr()
+    assert main([*tinyrun.arguments(tmp_path, **changes), "--overwrite"]) == 2
+    said = capsys.readouterr().err
+    assert "error: model.load_precision.mode: int8 stores the experts at model.layers.0.mlp.experts in" in said
+    assert "which the strategy dense_lora may read itself" in said
+    assert "linear layers" not in said  # known before anything of the weights is read
+
+
+@pytest.mark.parametrize("mode", ["auto", "int8"])
+def test_the_lines_of_a_mixture_say_what_is(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Convolutions of linear attention and quantized experts are no experts in fp32."""
+    sizes = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 24}
+    prepared(tmp_path, "qwen3_5_moe", **sizes)
+    assert main(tinyrun.arguments(tmp_path, **{**CHANGES, "model__load_precision__mode": mode})) == 0
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("weights:")]
+    assert "fused experts are fp32" not in line
+    assert ("8 fused expert tensors stay bf16" in line) == (mode == "auto")
+    assert ("and 8 fused expert tensors," in said) == (mode == "int8")
+
+
+def test_an_expert_tensor_that_does_not_fit_is_said_to_stay_in_the_files_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(tmp_path, "mixtral", hidden_size=64, head_dim=16, intermediate_size=96)
+    precision = {"model__load_precision__mode": "int4", "model__load_precision__allow_unquantized_experts": True}
+    assert main(tinyrun.arguments(tmp_path, **CHANGES, **precision)) == 0
+    said = capsys.readouterr().err
+    assert (
+        "not quantized: 3 fused expert tensors, model.layers.0.mlp.experts.down_proj first, stay bf16 and take" in said
+    )
+    assert "weights: 3 fused expert tensors stay bf16" in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize("mode", ["auto", "int4"])
+def test_experts_that_were_made_anew_leave_no_file_in_memory(mode: str, tmp_path: Path) -> None:
+    """One view of the file would keep all of its pages there, beside the experts that were stacked from them."""
+    prepared(tmp_path, "mixtral", hidden_size=64, head_dim=16, intermediate_size=128)
+    run = tinyrun.assembled(tmp_path, **CHANGES, model__load_precision__mode=mode)
+    assert any(isinstance(module, StoredExperts) for module in run.model.modules())
+    assert str(tmp_path / "base") not in Path("/proc/self/maps").read_text(encoding="utf-8")

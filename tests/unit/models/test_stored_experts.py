@@ -233,3 +233,18 @@ def test_what_cannot_be_known_is_left_alone() -> None:
         setattr(changed, flag, True)
         assert not is_known(changed), flag
     assert not is_known(stored_in("nf4"))
+
+
+def test_no_tokens_are_no_rows() -> None:
+    experts = stored_in("bf16")
+    nothing = experts(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    assert nothing.shape == (0, 64)
+
+
+def test_an_adapters_own_tensors_are_no_experts_that_cannot_be_quantized() -> None:
+    """Else a run that fails for memory would not be told of int4."""
+    model = model_of("mixtral")
+    wrap_experts(model, "model.layers.1.mlp.experts", BOTH, r=4, alpha=8)
+    plan = plan_of(model, LoadPrecision(mode="int4"), torch.float32)
+    assert not plan.experts
+    assert "model.layers.1.mlp.experts.base_layer.gate_up_proj" in plan.fused
