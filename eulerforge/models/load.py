@@ -77,8 +77,7 @@ def load_model(
     source: BaseSource | None = None,
     say: Callable[[str], None] | None = None,
 ) -> LoadedModel:
-    """Load the base of a run onto ``device``; a quantized base passes through the CPU's memory in its compute dtype, or
-    on the CPU in the half precision of its file.
+    """Load the base of a run onto ``device``; a quantized base is quantized while it is read, one tensor at a time.
 
     ``tokenizer`` is the model's own where it has been loaded already, ``source`` its place where it is known.
 
