@@ -248,3 +248,23 @@ def test_an_adapters_own_tensors_are_no_experts_that_cannot_be_quantized() -> No
     plan = plan_of(model, LoadPrecision(mode="int4"), torch.float32)
     assert not plan.experts
     assert "model.layers.1.mlp.experts.base_layer.gate_up_proj" in plan.fused
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: this checks bitsandbytes' CUDA kernels")
+@pytest.mark.parametrize("whole", [True, False], ids=["all-at-once", "one-at-a-time"])
+@FORMS
+def test_on_cuda_the_layer_is_that_of_plain_weights(form: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "WHOLE_BYTES", module_under_test.WHOLE_BYTES if whole else 0)
+    on_cpu = stored_in(form).requires_grad_(False)
+    experts = copy.deepcopy(on_cpu).to("cuda")
+    twin = plain_twin(on_cpu).requires_grad_(False).to("cuda")
+    x, index, weights = (tensor.detach().to("cuda") for tensor in inputs(on_cpu))
+    results = []
+    for layer in (experts, twin):
+        states = x.clone().requires_grad_()
+        out = layer(states, index, weights)
+        out.backward(torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out))
+        results.append((out, states.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
