@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from slowness import bare_cpu_seconds, slower
 from tiny import save_tiny
 
 ROWS = 1_000_000
 SECONDS = 60
+"""On the machine that bounds were set on; more on a slower one."""
 BYTES = int(1.5 * 2**30)
 
 
@@ -68,7 +70,7 @@ def test_the_first_step_comes_soon_in_flat_memory(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "step 1/1" in done.stderr
     assert f"training: {ROWS:,} rows" in done.stderr
-    assert wall < SECONDS, f"{wall:.0f} s of wall time, {cpu:.0f} s of the CPU, load {os.getloadavg()}"
+    assert wall < SECONDS * slower(bare_cpu_seconds()), f"{wall:.0f} s of wall time, {cpu:.0f} s of the CPU, load {os.getloadavg()}"
     assert peak < BYTES, peak
     again, wall_again, _, _ = train(folder, folder / "rows.jsonl")
     assert "token cache: hit" in again.stderr
