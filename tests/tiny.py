@@ -39,12 +39,11 @@ def save_tiny(folder: Path, family: str = "llama", *, seed: int = 0, **changes: 
 
 
 def quantize_model(model: Any, plan: Any, device: Any) -> None:
-    """Quantize a model that is in memory, as loading does with what it reads."""
-    from eulerforge.models.quantize import import_bitsandbytes, quantize_parameter
+    """Quantize a model that is in memory."""
+    from eulerforge.models.quantize import import_bitsandbytes, quantize_loaded
 
     import_bitsandbytes()
-    for name in sorted(plan.parameters):
-        quantize_parameter(model, name, model.get_parameter(name).detach(), plan, device)
+    quantize_loaded(model, plan, device)
 
 
 QUESTIONS = [

@@ -18,12 +18,12 @@ from eulerforge.errors import ModelError, first_line
 from eulerforge.models.device import base_dtype
 from eulerforge.models.meta import meta_model
 from eulerforge.models.processor import QUANTIZED_MODES
-from eulerforge.models.quantize import import_bitsandbytes, release_files
+from eulerforge.models.quantize import import_bitsandbytes, quantize_loaded, release_files
 from eulerforge.models.quantized import plan_from_config
 from eulerforge.models.soundness import check_folder, check_tokenizer, refuse_not_finite
 from eulerforge.models.source import BaseSource, resolve_source
 from eulerforge.models.stored import StoredReport, keep_stored, refuses_stored, storage_of, widen
-from eulerforge.models.streamed import Streaming, forget
+from eulerforge.models.streamed import Stopped, Streaming, forget
 
 ATTENTION = "model.attn_implementation"
 
@@ -101,7 +101,7 @@ def load_model(
         tokenizer = _tokenizer(source.folder, run.model.trust_remote_code)
     streaming = None
     if plan is not None:
-        streaming = Streaming(plan=plan, device=device, say=say)
+        streaming = Streaming(plan=plan, device=device, say=say) if not plan.shares else None
         if storage is not None:  # asked before: quantizing twice would cost more
             storage = storage.after(meta_model(run, storage.loaded)) or storage
     model, info = _read(run, source, dtype if storage is None else storage.loaded, streaming)
@@ -112,9 +112,12 @@ def load_model(
     _refuse_incomplete(source, info, set() if streaming is None else streaming.misfits(model))
     if say is not None and (more := sorted(info.get("unexpected_keys", ()))):
         say(f"warning: {source.name}: {len(more)} tensors have no place in the model and are left out, {more[0]} first")
-    model.to(device)
     if plan is not None:
+        if streaming is None:
+            refuse_not_finite(model, source.name)
+            quantize_loaded(model, plan, device)
         release_files(model)
+    model.to(device)
     stored = None if storage is None else keep_stored(model, storage)
     if stored is not None and stored.fused:
         release_files(model)
@@ -161,9 +164,9 @@ def _read(
             output_loading_info=True,
             **({} if streaming is None else streaming.arguments()),
         )
+    except Stopped as stopped:
+        raise stopped.error from None
     except Exception as error:
-        if streaming is not None and streaming.error is not None:
-            raise streaming.error from error
         key = "model_name"
         hint = "--debug shows the whole error; a model with code of its own needs model.trust_remote_code = true"
         if attention is not None and re.search("attn|attention", str(error), re.IGNORECASE):

@@ -59,6 +59,14 @@ def quantize_parameter(
     return quantized.weight  # type: ignore[return-value]
 
 
+def quantize_loaded(model: nn.Module, plan: QuantizationPlan, device: torch.device) -> None:
+    """Quantize a model that is in memory, as one is whose layers share weights."""
+    for path in plan.layers:
+        quantize_parameter(model, f"{path}.weight", model.get_submodule(path).weight.detach(), plan, device)  # type: ignore[operator,union-attr]
+    for name in plan.fused:
+        quantize_parameter(model, name, model.get_parameter(name).detach(), plan, device)
+
+
 def release_files(model: nn.Module) -> None:
     """Copy what is left of the files' own pages: one such weight would keep all in memory, also what was made anew.
 

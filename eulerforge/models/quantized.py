@@ -33,6 +33,7 @@ class QuantizationPlan:
     ``fused`` are the paths of the fused expert tensors to quantize. ``unfit`` holds the layers whose shape does not
     fit, as last path component and (out, in), with their number, and ``experts`` the paths of fused expert tensors
     whose shape or layout does not. Bytes are those of the compute dtype, ``quantized_bytes`` after quantization.
+    ``shares`` is whether one of them is found under several names, as where code of a model uses a layer twice.
     """
 
     precision: LoadPrecision
@@ -45,6 +46,7 @@ class QuantizationPlan:
     quantized_bytes: int
     expert_bytes: int
     other_bytes: int
+    shares: bool = False
 
     @cached_property
     def parameters(self) -> frozenset[str]:
@@ -123,7 +125,7 @@ def plan_from_config(
         raise ModelError(
             f"{folder.name} cannot be loaded: {first}", key="model_name", hint="--debug shows the whole error"
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
+    if any(getattr(part, "quantization_config", None) is not None for part in (config, config.get_text_config())):
         raise ModelError(
             f"{folder.name} is stored quantized already",
             key=f"{KEY}.mode",
@@ -175,6 +177,7 @@ def plan_of(model: Any, precision: LoadPrecision, dtype: torch.dtype) -> Quantiz
                 numbers += weight.numel()
                 scales += _scale_bytes(count * out, into, precision)
     parameters = dict(model.named_parameters())
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     size = dtype.itemsize
     expert_numbers = sum(parameters[path].numel() for path in experts)
     return QuantizationPlan(
@@ -182,6 +185,7 @@ def plan_of(model: Any, precision: LoadPrecision, dtype: torch.dtype) -> Quantiz
         dtype=dtype,
         layers=tuple(layers),
         fused=tuple(fused),
+        shares=any(names[id(parameters[name])] > 1 for name in (*(f"{path}.weight" for path in layers), *fused)),
         unfit=dict(unfit),
         experts=tuple(experts),
         layer_bytes=numbers * size,

@@ -19,6 +19,7 @@ import torch
 
 from eulerforge.config.atomic import file_state
 from eulerforge.errors import ModelError
+from eulerforge.models.experts import SCALES
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -94,14 +95,10 @@ def refuse_not_finite(model: torch.nn.Module, name: str, known: Iterable[str] = 
     Raises:
         ModelError: it names the first tensor.
     """
-    wrong = [
-        *known,
-        *(
-            key
-            for key, tensor in [*model.named_parameters(), *model.named_buffers()]
-            if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor)
-        ),
-    ]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    found = (key for key, tensor in tensors if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor))
+    # an int8 weight's scales are infinite where it was
+    wrong = list(dict.fromkeys(key.removesuffix(SCALES) for key in (*known, *found)))
     if wrong:
         raise ModelError(
             f"{name}: {len(wrong)} tensors hold NaN or infinity, {wrong[0]} first",

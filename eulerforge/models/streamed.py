@@ -7,6 +7,7 @@ on the model.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
@@ -24,24 +25,34 @@ from eulerforge.models.soundness import is_finite
 METHOD = "eulerforge"
 EVERY = 10.0
 """Seconds between lines that say how far it is."""
+_LOCK = threading.Lock()
 TRIM = 128 << 20
 """Bytes that are read before the C library gives back what it kept: quantizing makes and frees several times the
 weight, between blocks that stay, and took 713 MiB of heap for a model of 160."""
+
+
+class Stopped(BaseException):
+    """Quantizing a tensor raised ``error``: most likely memory ran out, and what follows may not be read.
+
+    transformers notes an exception, reads on, and makes random numbers in full precision of all that is missing.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @attrs.define(kw_only=True)
 class Streaming:
     """What is to be quantized as it is read, where to, and what was found.
 
-    ``not_finite`` are parameters with NaN or infinity, ``error`` is what quantizing one raised: transformers makes a
-    message of it that nobody can act on.
+    ``not_finite`` are parameters with NaN or infinity, or which int8 cannot hold: it passes through fp16.
     """
 
     plan: QuantizationPlan
     device: torch.device
     say: Callable[[str], None] | None = None
     not_finite: list[str] = attrs.field(factory=list)
-    error: Exception | None = None
     _shapes: dict[str, tuple[int, ...]] = attrs.field(factory=dict)
     _misfits: set[str] = attrs.field(factory=set)
     _done: int = 0
@@ -69,12 +80,11 @@ class Streaming:
             self._misfits.add(name)
             return weight
         try:
-            if not is_finite(weight):
+            if not is_finite(weight) or (self.plan.precision.mode == "int8" and _overflows(weight)):
                 self.not_finite.append(name)
             made = quantize_parameter(model, name, weight, self.plan, self.device)
         except Exception as error:
-            self.error = error
-            raise
+            raise Stopped(error) from error
         self._done += 1
         self._untrimmed += weight.nbytes
         if self._untrimmed > TRIM:
@@ -100,11 +110,21 @@ def forget(model: Any) -> None:
                 module.config.__dict__.pop(name, None)
 
 
-@cache
+def _overflows(weight: torch.Tensor) -> bool:
+    least, most = torch.aminmax(weight)
+    return max(-float(least), float(most)) > torch.finfo(torch.float16).max
+
+
 def _classes() -> Callable[[Streaming], Any]:
-    """Our config, with its quantizer registered; made once transformers is there."""
+    """Our config, with its quantizer registered; another of that name, of a module that was loaded anew, gives way."""
+    with _LOCK:
+        return _registered()
+
+
+@cache
+def _registered() -> Callable[[Streaming], Any]:
     from transformers.core_model_loading import ConversionOps
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -116,7 +136,6 @@ def _classes() -> Callable[[Streaming], Any]:
             tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
             return {name: self.streaming.take(model, name, tensor) for name, tensor in tensors.items()}
 
-    @register_quantizer(METHOD)
     class Quantizer(HfQuantizer):  # type: ignore[misc]
         is_trainable = True
 
@@ -133,7 +152,6 @@ def _classes() -> Callable[[Streaming], Any]:
         def is_serializable(self, *_: Any, **__: Any) -> bool:
             return False
 
-    @register_quantization_config(METHOD)
     class Config(QuantizationConfigMixin):  # type: ignore[misc]
         def __init__(self, streaming: Streaming) -> None:
             self.quant_method, self.streaming = METHOD, streaming
@@ -144,4 +162,5 @@ def _classes() -> Callable[[Streaming], Any]:
         def to_dict(self) -> dict[str, Any]:
             return {"quant_method": METHOD}
 
+    AUTO_QUANTIZER_MAPPING[METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Quantizer, Config
     return Config

@@ -116,14 +116,17 @@ def test_an_expert_that_is_not_a_number_is_found_too(tmp_path: Path) -> None:
 def test_what_quantizing_raises_is_not_made_a_message_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who reads it must know that memory ran out: the run's advice is for that error."""
+    """Who reads it must know that memory ran out; and nothing more is read, which would be put there unquantized."""
+    tried: list[str] = []
 
-    def fails(*_: Any) -> Any:
+    def fails(_: Any, name: str, *__: Any) -> Any:
+        tried.append(name)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.75 GiB")
 
     monkeypatch.setattr(streamed, "quantize_parameter", fails)
     with pytest.raises(torch.OutOfMemoryError, match=r"1\.75 GiB"):
         load_model(run_config(saved(tmp_path)), device=CPU)
+    assert len(tried) == 1
 
 
 def test_a_long_load_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,3 +134,59 @@ def test_a_long_load_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Monk
     said: list[str] = []
     load_model(run_config(saved(tmp_path)), device=CPU, say=said.append)
     assert [line for line in said if line.startswith("quantized ")][-1] == "quantized 21 of 21 weights"
+
+
+def test_int8_refuses_a_number_that_fp16_cannot_hold(tmp_path: Path) -> None:
+    """bitsandbytes quantizes from fp16: the scale of the row would be infinite, and every output not a number."""
+    weight = torch.zeros(128, 64)
+    weight[3, 5] = 1e5
+    folder = changed(saved(tmp_path), UP, weight)
+    load_model(run_config(folder, "int4"), device=CPU)
+    with pytest.raises(ModelError, match=rf"1 tensors hold NaN or infinity, {re.escape(UP)} first"):
+        load_model(run_config(folder, "int8"), device=CPU)
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    folder = changed(saved(tmp_path / "mixture", "mixtral"), name, weight)
+    with pytest.raises(
+        ModelError, match=r"1 tensors hold NaN or infinity, model\.layers\.1\.mlp\.experts\.gate_up_proj "
+    ):
+        load_model(run_config(folder, "int8"), device=CPU)
+
+
+@pytest.mark.parametrize("shared", ["alias", "layer", "weight"])
+def test_a_model_that_uses_a_weight_twice_is_quantized_after_loading(
+    shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As code that comes with a model may: transformers would take the other name for a tensor that is missing."""
+    from transformers import LlamaForCausalLM
+
+    begin = LlamaForCausalLM.__init__
+
+    def sharing(own: Any, *arguments: Any, **keywords: Any) -> None:
+        begin(own, *arguments, **keywords)
+        layers = own.model.layers
+        if shared == "layer":
+            layers[2] = layers[0]
+        elif shared == "alias":
+            layers[0].mlp.alias = layers[0].mlp.up_proj
+        else:
+            layers[0].mlp.up_proj.weight = layers[0].mlp.gate_proj.weight
+
+    folder = saved(tmp_path)
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)  # the tensor under both names, as its author may save it
+    save_file({**tensors, "model.layers.0.mlp.alias.weight": tensors[UP.replace("1", "0")].clone()}, path)
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", sharing)
+    model = load_model(run_config(folder), device=CPU).model
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Int4Linear"
+    with torch.no_grad():
+        assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_loads_in_threads_and_of_a_module_that_was_imported_anew(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    config = run_config(saved(tmp_path))
+    for _ in range(2):
+        streamed._registered.cache_clear()
+        with ThreadPoolExecutor(4) as pool:
+            assert len(list(pool.map(lambda _: load_model(config, device=CPU), range(4)))) == 4

@@ -84,7 +84,7 @@ def test_a_card_never_holds_the_file_beside_the_weights(make_run: Callable[..., 
     estimator.device = torch.device("cuda")
     weights, load, again = estimator._weights([])
     assert weights == on_cpu
-    largest = estimator._largest_linear
+    largest = estimator._largest_weight
     size = estimator.dtype.itemsize
     assert load == (weights if mode == "fp32" else weights + largest * (size + 2))
     assert again == again_on_cpu + (4 * largest if mode == "int8" else 0)
