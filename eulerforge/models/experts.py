@@ -77,7 +77,9 @@ class StoredExperts(nn.Module):
         if weight.dtype == a_SI.dtype:
             return grouped_product(a_SI, weight.transpose(1, 2) if transposed else weight, ends_E)
         experts, out, into = shape_of(self, name)
-        if a_SI.device.type != "cpu" and experts * out * into * a_SI.itemsize <= WHOLE_BYTES:
+        fits = experts * out * into * a_SI.itemsize <= WHOLE_BYTES
+        # a new token needs few of the experts
+        if a_SI.device.type != "cpu" and fits and len(a_SI) >= experts:
             whole_EOI = self.whole(name, a_SI.dtype)
             return grouped_product(a_SI, whole_EOI.transpose(1, 2) if transposed else whole_EOI, ends_E)
         read = self._reader(name)

@@ -103,7 +103,8 @@ def load_model(
     if plan is not None:
         streaming = Streaming(plan=plan, device=device, say=say) if not plan.shares else None
         if storage is not None:  # asked before: quantizing twice would cost more
-            storage = storage.after(meta_model(run, storage.loaded)) or storage
+            here = attrs.evolve(run, model_name=str(source.folder))
+            storage = storage.after(meta_model(here, storage.loaded)) or storage
     model, info = _read(run, source, dtype if storage is None else storage.loaded, streaming)
     if plan is None and storage is not None and (instead := storage.after(model)):
         storage = instead
@@ -112,12 +113,12 @@ def load_model(
     _refuse_incomplete(source, info, set() if streaming is None else streaming.misfits(model))
     if say is not None and (more := sorted(info.get("unexpected_keys", ()))):
         say(f"warning: {source.name}: {len(more)} tensors have no place in the model and are left out, {more[0]} first")
-    if plan is not None:
-        if streaming is None:
-            refuse_not_finite(model, source.name)
-            quantize_loaded(model, plan, device)
-        release_files(model)
+    if plan is not None and streaming is None:
+        refuse_not_finite(model, source.name)
+        quantize_loaded(model, plan, device)
     model.to(device)
+    if plan is not None:
+        release_files(model)
     stored = None if storage is None else keep_stored(model, storage)
     if stored is not None and stored.fused:
         release_files(model)
