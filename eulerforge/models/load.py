@@ -23,7 +23,7 @@ from eulerforge.models.quantized import plan_from_config
 from eulerforge.models.soundness import check_folder, check_tokenizer, refuse_not_finite
 from eulerforge.models.source import BaseSource, resolve_source
 from eulerforge.models.stored import StoredReport, keep_stored, refuses_stored, storage_of, widen
-from eulerforge.models.streamed import Stopped, Streaming, forget
+from eulerforge.models.streamed import Halted, Streaming, forget
 
 ATTENTION = "model.attn_implementation"
 
@@ -165,8 +165,8 @@ def _read(
             output_loading_info=True,
             **({} if streaming is None else streaming.arguments()),
         )
-    except Stopped as stopped:
-        raise stopped.error from None
+    except Halted as halted:
+        raise halted.error from None
     except Exception as error:
         key = "model_name"
         hint = "--debug shows the whole error; a model with code of its own needs model.trust_remote_code = true"

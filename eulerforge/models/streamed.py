@@ -31,7 +31,7 @@ TRIM = 128 << 20
 weight, between blocks that stay, and took 713 MiB of heap for a model of 160."""
 
 
-class Stopped(BaseException):
+class Halted(BaseException):
     """Quantizing a tensor raised ``error``: most likely memory ran out, and what follows may not be read.
 
     transformers notes an exception, reads on, and makes random numbers in full precision of all that is missing.
@@ -84,7 +84,7 @@ class Streaming:
                 self.not_finite.append(name)
             made = quantize_parameter(model, name, weight, self.plan, self.device)
         except Exception as error:
-            raise Stopped(error) from error
+            raise Halted(error) from error
         self._done += 1
         self._untrimmed += weight.nbytes
         if self._untrimmed > TRIM:

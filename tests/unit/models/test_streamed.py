@@ -182,11 +182,9 @@ def test_a_model_that_uses_a_weight_twice_is_quantized_after_loading(
         assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
-def test_loads_in_threads_and_of_a_module_that_was_imported_anew(tmp_path: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
+def test_a_module_that_was_imported_anew_loads_too(tmp_path: Path) -> None:
+    """As in a notebook that reloads what changed: the name of the quantizer is taken then, by the module before."""
     config = run_config(saved(tmp_path))
     for _ in range(2):
         streamed._registered.cache_clear()
-        with ThreadPoolExecutor(4) as pool:
-            assert len(list(pool.map(lambda _: load_model(config, device=CPU), range(4)))) == 4
+        assert load_model(config, device=CPU).model
