@@ -23,6 +23,7 @@ CLASSES = (
     "eulerforge.data.turns:BadRow",
     "eulerforge.data.chat_template:NotAPrefixError",
     "eulerforge.config.leaves:WrongTypeError",
+    "eulerforge.models.streamed:Halted",
 )
 DEPTH = 8
 """Frames between the making of an error and the ``raise`` of the function that asked for it."""
