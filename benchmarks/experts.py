@@ -84,6 +84,30 @@ def kept_bytes(model: Any, ids: Any) -> int:
     return total
 
 
+def trained_numbers(model: Any) -> int:
+    """How many numbers train."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def train(model: Any, ids: Any, steps: int) -> tuple[list[float], float, float]:
+    """The losses of a plain loop, and the CPU and wall seconds of its steps, a first one to warm up left out."""
+    import torch
+
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3)
+    losses, seconds, wall = [], 0.0, 0.0
+    for step in range(steps + 1):
+        cpu, clock = time.process_time(), time.perf_counter()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step:
+            seconds += time.process_time() - cpu
+            wall += time.perf_counter() - clock
+    return losses, seconds, wall
+
+
 def measure(rival: str, dtype: str, steps: int) -> dict[str, Any]:
     """One cell: train a few steps and say what they took."""
     import torch
@@ -93,27 +117,15 @@ def measure(rival: str, dtype: str, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(**SIZES)).to(getattr(torch, dtype))
     model = adapted(rival, model).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
     ids = torch.randint(SIZES["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     before = peak_bytes(reset=True)
     kept = kept_bytes(model, ids)
-    losses, seconds, wall = [], 0.0, 0.0
-    for step in range(steps + 1):
-        cpu, clock = time.process_time(), time.perf_counter()
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step:  # the first step warms up
-            seconds += time.process_time() - cpu
-            wall += time.perf_counter() - clock
+    losses, seconds, wall = train(model, ids, steps)
     tokens = BATCH * LENGTH * steps
     return {
         "rival": rival,
         "dtype": dtype,
-        "parameters": sum(parameter.numel() for parameter in trained),
+        "parameters": trained_numbers(model),
         "tokens_per_cpu_second": tokens / seconds,
         "tokens_per_wall_second": tokens / wall,
         "peak_growth_mib": (peak_bytes() - before) / MIB,
@@ -123,9 +135,9 @@ def measure(rival: str, dtype: str, steps: int) -> dict[str, Any]:
     }
 
 
-def cell(rival: str, dtype: str, steps: int) -> dict[str, Any]:
-    """``measure`` in a process of its own."""
-    command = [sys.executable, __file__, "--cell", rival, dtype, "--steps", str(steps)]
+def cell(file: str, *words: str, steps: int) -> dict[str, Any]:
+    """``measure`` of a script in a process of its own."""
+    command = [sys.executable, file, "--cell", *words, "--steps", str(steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -169,7 +181,10 @@ def main() -> int:
         print(json.dumps(measure(*arguments.cell, steps=arguments.steps)))
         return 0
     cells = [
-        cell(rival, dtype, arguments.steps) for _ in range(arguments.repeats) for dtype in DTYPES for rival in RIVALS
+        cell(__file__, rival, dtype, steps=arguments.steps)
+        for _ in range(arguments.repeats)
+        for dtype in DTYPES
+        for rival in RIVALS
     ]
     report = {
         "date": datetime.now(UTC).date().isoformat(),

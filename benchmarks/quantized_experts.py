@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -21,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from experts import MIB, peak_bytes, processor
+from experts import MIB, cell, peak_bytes, processor, train, trained_numbers
 
 RESULTS = Path(__file__).with_name("results") / "quantized_experts.json"
 SIZES = {
@@ -104,23 +101,12 @@ def measure(rival: str, targets: str, folder: Path, steps: int) -> dict[str, Any
     model = (ours if rival == "eulerforge" else theirs)(folder, targets).train()
     loading = time.process_time() - clock
     load_peak, weights = peak_bytes(), peak_bytes(reset=True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
     ids = torch.randint(5, SIZES["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
-    losses, seconds = [], 0.0
-    for step in range(steps + 1):
-        clock = time.process_time()
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step:  # the first step warms up
-            seconds += time.process_time() - clock
+    losses, seconds, _ = train(model, ids, steps)
     return {
         "rival": rival,
         "targets": targets,
-        "parameters": sum(parameter.numel() for parameter in trained),
+        "parameters": trained_numbers(model),
         "loading_cpu_seconds": loading,
         "load_peak_mib": (load_peak - before) / MIB,
         "loaded_mib": (weights - before) / MIB,
@@ -129,14 +115,6 @@ def measure(rival: str, targets: str, folder: Path, steps: int) -> dict[str, Any
         "first_loss": losses[0],
         "last_loss": losses[-1],
     }
-
-
-def cell(rival: str, targets: str, folder: Path, steps: int) -> dict[str, Any]:
-    """``measure`` in a process of its own."""
-    command = [sys.executable, __file__, "--cell", rival, targets, str(folder), "--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def table(cells: list[dict[str, Any]]) -> str:
@@ -165,7 +143,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         save_base(Path(folder))
-        cells = [cell(rival, targets, Path(folder), arguments.steps) for targets in TARGETS for rival in RIVALS]
+        cells = [
+            cell(__file__, rival, targets, folder, steps=arguments.steps) for targets in TARGETS for rival in RIVALS
+        ]
     report = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python benchmarks/quantized_experts.py --steps {arguments.steps}",

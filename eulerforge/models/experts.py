@@ -75,13 +75,12 @@ class StoredExperts(nn.Module):
         """Each pair's row times its expert's weight, or with ``transposed`` the weight's transpose, as forward."""
         weight = self.get_parameter(name)
         if weight.dtype == a_SI.dtype:
-            return grouped_product(a_SI, weight.transpose(1, 2) if transposed else weight, ends_E)
+            return _of_whole(a_SI, weight, ends_E, transposed)
         experts, out, into = shape_of(self, name)
         fits = experts * out * into * a_SI.itemsize <= WHOLE_BYTES
         # a new token needs few of the experts
         if a_SI.device.type != "cpu" and fits and len(a_SI) >= experts:
-            whole_EOI = self.whole(name, a_SI.dtype)
-            return grouped_product(a_SI, whole_EOI.transpose(1, 2) if transposed else whole_EOI, ends_E)
+            return _of_whole(a_SI, self.whole(name, a_SI.dtype), ends_E, transposed)
         read = self._reader(name)
 
         def matrix(expert: int) -> torch.Tensor:
@@ -204,5 +203,8 @@ def experts_product(
     """``StoredExperts.product`` of any experts."""
     if isinstance(experts, StoredExperts):
         return experts.product(name, a_SI, ends_E, transposed=transposed)
-    weight = experts.get_parameter(name)
-    return grouped_product(a_SI, weight.transpose(1, 2) if transposed else weight, ends_E)
+    return _of_whole(a_SI, experts.get_parameter(name), ends_E, transposed)
+
+
+def _of_whole(a_SI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor, transposed: bool) -> torch.Tensor:
+    return grouped_product(a_SI, weight_EOI.transpose(1, 2) if transposed else weight_EOI, ends_E)
