@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from eulerforge.data.batches import Batch, collate
-from eulerforge.data.prefixes import Sizes, documents_of, shared_prefixes
+from eulerforge.data.prefixes import Document, Sizes, documents_of, shared_prefixes
 from eulerforge.data.tokenized import TokenizedRows
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class Layout:
     ``packing`` is flat, bins or off. ``token_budget`` limits a flat micro-batch; a longer document is one of its own.
     ``by_length`` is for models that compute parts of a flat batch padded (see ``training/isolation.py``): documents of
     similar length go together, and the budget counts the padding. With ``share_prefixes`` what rows of a flat
-    micro-batch begin with alike is there once (``data/prefixes.py``).
+    micro-batch begin with alike is there once, and with ``trim`` what is behind a row's last label is not there in a
+    packed one (``data/prefixes.py``).
     """
 
     packing: str
@@ -115,6 +116,7 @@ class Layout:
     pad_id: int
     by_length: bool = False
     share_prefixes: bool = False
+    trim: bool = False
 
     @classmethod
     def padded(cls, batch_size: int, pad_id: int) -> Layout:
@@ -135,7 +137,11 @@ class Layout:
         """A micro-batch as tensors on ``device``."""
         if self.packing == "off":
             return collate(rows, [index for line in lines for index in line], self.pad_id, device)
-        return pack(rows, lines, self.pad_id, device, share_prefixes=self.share_prefixes)
+        return pack(rows, self.documents(rows, lines), self.pad_id, device)
+
+    def documents(self, rows: TokenizedRows, lines: Lines) -> list[list[Document]]:
+        """What lies in each line of a packed micro-batch."""
+        return [documents_of(rows, line, share=self.share_prefixes, trim=self.trim) for line in lines]
 
     def _flat(self, rows: TokenizedRows, indices: Sequence[int]) -> Lines:
         if self.by_length:
@@ -207,15 +213,15 @@ def _length(rows: TokenizedRows, index: int) -> int:
     return int(rows.lengths[index])
 
 
-def pack(
-    rows: TokenizedRows, lines: Lines, pad_id: int, device: torch.device | str, *, share_prefixes: bool = False
-) -> Batch:
-    """Rows one after another in each line, (L, W); positions begin at 0 in each, its first token is no label."""
-    of_lines = [documents_of(rows, line, share=share_prefixes) for line in lines]
+def pack(rows: TokenizedRows, of_lines: list[list[Document]], pad_id: int, device: torch.device | str) -> Batch:
+    """Documents one after another in each line, (L, W); positions begin at 0 in a row, whose first token is no label.
+
+    A document is the end of its row unless another one goes on from it.
+    """
     width = max(sum(map(len, documents)) for documents in of_lines)
     if torch.device(device).type == "cpu" and width >= CPU_STEP_FROM:
         width += -width % CPU_STEP
-    shape = (len(lines), width)
+    shape = (len(of_lines), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     lengths: list[int] = []
@@ -224,8 +230,9 @@ def pack(
     tokens = 0
     for at, documents in enumerate(of_lines):
         number, place = len(lengths), 0
+        prefixes = {document.after for document in documents}
         places: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []  # where in the batch each document's tokens are
-        for document in documents:
+        for nth, document in enumerate(documents):
             ids, labelled = rows.row(document.row)
             end = place + len(document)
             input_ids[at, place:end] = ids[document.first : document.last]
@@ -234,11 +241,12 @@ def pack(
             lengths.append(len(document))
             after.append(None if document.after is None else number + document.after)
             place = end
-            if document.last == len(ids):  # the end of its row
+            if nth not in prefixes:
                 before = [places[document.after]] if document.after is not None else []
-                is_label = labelled[1:] != 0
-                label_at.append(np.concatenate([*before, places[-1]])[:-1][is_label])
-                next_labels.append(ids[1:][is_label].astype(np.int64))
+                predicted = slice(1, document.last + 1)
+                is_label = labelled[predicted] != 0
+                label_at.append(np.concatenate([*before, places[-1]])[: len(is_label)][is_label])
+                next_labels.append(ids[predicted][is_label].astype(np.int64))
                 tokens += len(ids)
         if place < width:
             position_ids[at, place:] = np.arange(width - place)

@@ -1,7 +1,8 @@
-"""Rows that begin alike, as those under one system prompt do: their common prefix is a document of its own.
+"""The documents of a line: rows without what no label needs, and what rows begin with alike as one of its own.
 
-Notable: what a causal model computes for a token depends on the tokens before it alone, so rows with a common prefix
-have its hidden states in common, and its gradient is the sum of theirs. Once per micro-batch is enough.
+Notable: what a causal model computes for a token depends on the tokens before it alone, so rows with a common prefix,
+as those under one system prompt, have its hidden states in common, and its gradient is the sum of theirs. Once per
+micro-batch is enough. And nothing that a row's loss is made of depends on its last label, or on what is behind it.
 Like PagedAttention's shared prompts in vLLM (Kwon et al., 2023), here with a backward pass.
 """
 
@@ -53,13 +54,16 @@ def shared_prefixes(rows: TokenizedRows, indices: Sequence[int]) -> Shared:
     }
 
 
-def documents_of(rows: TokenizedRows, line: Sequence[int], *, share: bool) -> list[Document]:
-    """The documents of a line in their order: its rows, each prefix that they share before the first that has it."""
+def documents_of(rows: TokenizedRows, line: Sequence[int], *, share: bool, trim: bool = False) -> list[Document]:
+    """The documents of a line in their order: its rows, each prefix that they share before the first that has it.
+
+    With ``trim`` a row ends before its last label; of one that shares a prefix a token of its own stays.
+    """
     shared = shared_prefixes(rows, line) if share else {}
     documents: list[Document] = []
     begun: dict[int, int] = {}
     for index in line:
-        length = int(rows.lengths[index])
+        length = _needed(rows, index) if trim else int(rows.lengths[index])
         if index not in shared:
             documents.append(Document(index, 0, length))
             continue
@@ -67,7 +71,7 @@ def documents_of(rows: TokenizedRows, line: Sequence[int], *, share: bool) -> li
         if group not in begun:
             begun[group] = len(documents)
             documents.append(Document(index, 0, tokens))
-        documents.append(Document(index, tokens, length, begun[group]))
+        documents.append(Document(index, tokens, max(length, tokens + 1), begun[group]))
     return documents
 
 
@@ -88,6 +92,14 @@ class Sizes:
 
     def total(self, part: Sequence[int]) -> int:
         return sum(self.of(index, part[:at]) for at, index in enumerate(part))
+
+
+def _needed(rows: TokenizedRows, index: int) -> int:
+    """Tokens before the row's last label, from which it is predicted; all of them where nothing is."""
+    _, labelled = rows.row(index)
+    behind = int(np.argmax(labelled[::-1] != 0))
+    last = len(labelled) - 1 - behind
+    return last if last and labelled[last] else len(labelled)
 
 
 def _common(rows: TokenizedRows, members: Sequence[int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from eulerforge.training.estimated import Estimated, NoEstimate, from_config, fr
 from eulerforge.training.gated import lean_mlps
 from eulerforge.training.headcheck import check_head
 from eulerforge.training.isolation import Isolation
-from eulerforge.training.layouts import plan_layout, shared_line
+from eulerforge.training.layouts import plan_layout, saved_line
 from eulerforge.training.limits import Room
 from eulerforge.training.memory import Shortage, refuse_beyond_memory
 from eulerforge.training.norms import quicken_norms
@@ -88,7 +88,9 @@ class Run:
     @contextmanager
     def forward(self, lines: Lines) -> Iterator[None]:
         """What a training forward pass over these rows runs in."""
-        reads = self.prefix.reading(self.datasets.train, lines, self.device) if self.prefix else nullcontext()
+        reads: AbstractContextManager[None] = nullcontext()
+        if self.prefix is not None:
+            reads = self.prefix.reading(self.layout.documents(self.datasets.train, lines), self.device)
         with self.kept.forward(self.model), reads:
             yield
 
@@ -193,8 +195,8 @@ def assemble(
         warnings.append(slow)
     layout, isolation = plan_layout(config, registry, loaded.model, injected, pad_id(loaded.tokenizer), device)
     say(isolation.line(layout.packing))
-    if datasets is not None and (shared := shared_line(layout, datasets.train, config)):
-        say(shared)
+    if datasets is not None and (saved := saved_line(layout, datasets.train, config)):
+        say(saved)
     if unchecked := check_head(loaded.model):
         warnings.append(unchecked)
     norms, mlps = quicken_norms(loaded.model), lean_mlps(loaded.model)

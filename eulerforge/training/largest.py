@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from eulerforge.data.batches import BatchPlan
 from eulerforge.data.packing import Layout
-from eulerforge.data.prefixes import documents_of
 from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.training.onelayer import CHUNK
 from eulerforge.training.peak import MicroBatch
@@ -33,7 +32,7 @@ def largest_micro_batch(config: RunConfig, layout: Layout, rows: TokenizedRows |
     found = []
     for step in looked_at:
         for lines in layout.cut(rows, plan.rows_of(step)):
-            laid_out = [documents_of(rows, line, share=layout.share_prefixes) for line in lines]
+            laid_out = layout.documents(rows, lines)
             width = max(sum(map(len, line)) for line in laid_out)
             documents = Counter((len(document), document.first) for line in laid_out for document in line)
             if layout.by_length:

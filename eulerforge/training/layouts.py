@@ -10,7 +10,6 @@ import torch
 from eulerforge.config.schema import RunConfig
 from eulerforge.data.batches import BatchPlan
 from eulerforge.data.packing import Layout, token_budget
-from eulerforge.data.prefixes import documents_of
 from eulerforge.data.tokenized import TokenizedRows
 from eulerforge.errors import PluginError
 from eulerforge.lora.apply import Injected
@@ -60,20 +59,27 @@ def plan_layout(
         pad_id=filler,
         by_length=by_length,
         share_prefixes=shares,
+        trim=config.data.packing != "off" and isolation.possible,
     )
     return layout, isolation
 
 
-def shared_line(layout: Layout, rows: TokenizedRows, config: RunConfig) -> str:
-    """What prefixes that rows share save in the first step, if anything; the tokens of all rows count as trained."""
-    if not layout.share_prefixes:
+def saved_line(layout: Layout, rows: TokenizedRows, config: RunConfig) -> str:
+    """Which tokens of the first step need not be computed, if any; the tokens of all rows count as trained."""
+    if layout.packing == "off":
         return ""
-    lines = [line for lines in layout.cut(rows, BatchPlan.of(rows, config).rows_of(0)) for line in lines]
-    computed = sum(len(document) for line in lines for document in documents_of(rows, line, share=True))
-    total = sum(int(rows.lengths[index]) for line in lines for index in line)
-    if computed == total:
-        return ""
-    return f"prefixes that rows share are computed once: {computed:,} of the first step's {total:,} tokens are computed"
+    micro_batches = layout.cut(rows, BatchPlan.of(rows, config).rows_of(0))
+    total = sum(int(rows.lengths[index]) for lines in micro_batches for line in lines for index in line)
+    with_tails, computed = (
+        sum(len(document) for lines in micro_batches for line in one.documents(rows, lines) for document in line)
+        for one in (attrs.evolve(layout, trim=False), layout)
+    )
+    ways = []
+    if with_tails < total:
+        ways.append("prefixes that rows share are computed once")
+    if computed < with_tails:
+        ways.append("from a row's last label on nothing is computed")
+    return f"{', '.join(ways)}: {computed:,} of the first step's {total:,} tokens are left" if ways else ""
 
 
 def rope_by_length(config: Any, longest: int) -> str:

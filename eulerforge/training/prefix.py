@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eulerforge.config.cachedir import cache_root
+from eulerforge.data.prefixes import Document
 from eulerforge.errors import ConfigError, RunError, UsageError
 from eulerforge.models.sizes import gib
 from eulerforge.training.standins import Through, standing_in
@@ -46,37 +47,36 @@ class FrozenPrefix:
         self._used = 0
 
     @contextmanager
-    def reading(self, rows: Any, lines: list[list[int]], device: torch.device) -> Iterator[None]:
+    def reading(self, lines: list[list[Document]], device: torch.device) -> Iterator[None]:
         """The context of a forward pass over these rows: it reads what is there, or keeps what is computed.
 
         Args:
-            lines: the row indices of each line of the micro-batch, in the order in which they lie there.
+            lines: what lies in each line of the micro-batch, a document for each row and the same in every epoch.
         """
-        lengths = [[len(rows.row(index)[0]) for index in line] for line in lines]
-        if all(index in self._places for line in lines for index in line):
-            with self._standing_in(self._read(lines, lengths).to(device)):
+        if all(document.row in self._places for line in lines for document in line):
+            with self._standing_in(self._read(lines).to(device)):
                 yield
             return
         hook = self.decoder.layers[self.first - 1].register_forward_hook(
-            lambda _module, _arguments, states: self._keep(lines, lengths, states)
+            lambda _module, _arguments, states: self._keep(lines, states)
         )
         try:
             yield
         finally:
             hook.remove()
 
-    def _keep(self, lines: list[list[int]], lengths: list[list[int]], states_BTH: torch.Tensor) -> None:
-        for at, place, index, size in _documents(lines, lengths):
+    def _keep(self, lines: list[list[Document]], states_BTH: torch.Tensor) -> None:
+        for at, place, index, size in _places(lines):
             if index not in self._places:
                 self._states[self._used : self._used + size] = states_BTH[at, place : place + size].cpu()
                 self._places[index] = self._used
                 self._used += size
 
-    def _read(self, lines: list[list[int]], lengths: list[list[int]]) -> torch.Tensor:
+    def _read(self, lines: list[list[Document]]) -> torch.Tensor:
         """(B, T, H); zeros where a line is filled up, which no document sees."""
-        longest = max(sum(sizes) for sizes in lengths)
+        longest = max(sum(map(len, line)) for line in lines)
         states_BTH = torch.zeros(len(lines), longest, self._states.shape[1], dtype=self._states.dtype)
-        for at, place, index, size in _documents(lines, lengths):
+        for at, place, index, size in _places(lines):
             start = self._places[index]
             states_BTH[at, place : place + size] = self._states[start : start + size]
         return states_BTH
@@ -128,13 +128,13 @@ class _StandIn(Through):
         return F.pad(states_BTH, (0, 0, 0, hidden_states.shape[1] - states_BTH.shape[1]))
 
 
-def _documents(lines: list[list[int]], lengths: list[list[int]]) -> Iterator[tuple[int, int, int, int]]:
+def _places(lines: list[list[Document]]) -> Iterator[tuple[int, int, int, int]]:
     """(line, place in it, row, tokens) of each document."""
-    for at, (line, sizes) in enumerate(zip(lines, lengths, strict=True)):
+    for at, line in enumerate(lines):
         place = 0
-        for index, size in zip(line, sizes, strict=True):
-            yield at, place, index, size
-            place += size
+        for document in line:
+            yield at, place, document.row, len(document)
+            place += len(document)
 
 
 def first_trained_layer(model: Any, trained_names: tuple[str, ...]) -> int:

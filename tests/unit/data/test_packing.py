@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tinyrun import labels_of
 
 from eulerforge.config.schema import DataConfig, RunConfig, TrainingConfig
-from eulerforge.data.packing import CPU_TOKENS, Layout, Lines, Segments, pack, token_budget
+from eulerforge.data.packing import CPU_TOKENS, Layout, Lines, Segments, token_budget
 from eulerforge.data.tokenized import TokenizedRows
 
 
@@ -38,7 +38,7 @@ def flattened(parts: list[Lines]) -> list[int]:
 
 
 def positions(rows: TokenizedRows, lines: Lines) -> int:
-    return int(pack(rows, lines, 0, "cpu").input_ids.numel())
+    return int(layout("flat").batch(rows, lines, "cpu").input_ids.numel())
 
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=25)
@@ -98,7 +98,7 @@ def test_the_same_rows_are_cut_the_same_way_again() -> None:
 
 
 def test_documents_lie_one_after_another() -> None:
-    batch = pack(rows_of([3, 2, 4]), [[0, 1], [2]], pad_id=7, device="cpu")
+    batch = layout("flat", pad_id=7).batch(rows_of([3, 2, 4]), [[0, 1], [2]], "cpu")
     assert batch.input_ids.tolist() == [[0, 1, 2, 100, 101], [200, 201, 202, 203, 7]]
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
@@ -116,15 +116,15 @@ def test_documents_lie_one_after_another() -> None:
 
 def test_a_long_line_on_the_cpu_is_filled_up_to_whole_steps_by_a_document_of_its_own() -> None:
     rows = rows_of([500, 83])
-    batch = pack(rows, [[0, 1]], pad_id=7, device="cpu")
+    batch = layout("flat", pad_id=7).batch(rows, [[0, 1]], "cpu")
     assert batch.segments is not None
     assert batch.segments.lengths == (500, 83, 9)
     assert batch.input_ids.shape == (1, 592)
     assert batch.input_ids[0, 583:].tolist() == [7] * 9
     assert labels_of(batch)[0, 583:].unique().tolist() == [-100]
     assert batch.tokens == 583
-    assert pack(rows, [[0]], pad_id=7, device="cpu").input_ids.shape == (1, 500)
-    assert pack(rows, [[0, 1]], pad_id=7, device="meta").input_ids.shape == (1, 583)
+    assert layout("flat", pad_id=7).batch(rows, [[0]], "cpu").input_ids.shape == (1, 500)
+    assert layout("flat", pad_id=7).batch(rows, [[0, 1]], "meta").input_ids.shape == (1, 583)
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8))

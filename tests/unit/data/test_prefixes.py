@@ -94,12 +94,35 @@ def test_a_budget_counts_a_prefix_once() -> None:
     assert sorted(lines[0]) == list(range(8))
 
 
-@given(st.lists(st.tuples(st.sampled_from([0, 18, 30]), st.integers(1, 30)), min_size=1, max_size=20))
-def test_every_row_is_cut_once_and_no_budget_is_passed(made: list[tuple[int, int]]) -> None:
+def test_nothing_is_there_from_a_rows_last_label_on() -> None:
+    rows = rows_of([300, 1, 2, 301, 302], [7] * 4, [303, 5], [*SYSTEM, 1, 304], [*SYSTEM, 305, 306, 2, 307])
+    assert documents_of(rows, range(5), share=False, trim=True) == [
+        Document(0, 0, 2), Document(1, 0, 3), Document(2, 0, 1), Document(3, 0, 20), Document(4, 0, 22)
+    ]  # fmt: skip
+    assert documents_of(rows, [3, 4], share=True, trim=True) == [
+        Document(3, 0, 20), Document(3, 20, 21, after=0), Document(4, 20, 22, after=0)
+    ], "a token of its own stays"  # fmt: skip
+    layout = Layout(packing="flat", batch_size=3, max_length=40, token_budget=90, pad_id=0, trim=True)
+    batch = layout.batch(rows, [[0, 1, 2]], "cpu")
+    assert batch.input_ids.tolist() == [[300, 1, 7, 7, 7, 303]]
+    assert batch.label_at.tolist() == list(range(6))
+    assert batch.next_labels.tolist() == [1, 2, 7, 7, 7, 5]
+    assert batch.tokens == 11, "all tokens of a row count as trained"
+
+
+def test_a_row_without_labels_stays_whole() -> None:
+    rows = rows_of([300, 301, 302], [5, 300, 301])
+    assert documents_of(rows, [0, 1], share=False, trim=True) == [Document(0, 0, 3), Document(1, 0, 3)]
+
+
+@given(st.lists(st.tuples(st.sampled_from([0, 18, 30]), st.integers(1, 30)), min_size=1, max_size=20), st.booleans())
+def test_every_row_is_cut_once_and_no_budget_is_passed(made: list[tuple[int, int]], trim: bool) -> None:
     generator = np.random.default_rng(0)
     common = {tokens: generator.integers(300, 400, tokens).tolist() for tokens in (0, 18, 30)}
-    rows = rows_of(*(common[tokens] + generator.integers(9, 11, own).tolist() for tokens, own in made))
-    layout = Layout(packing="flat", batch_size=4, max_length=60, token_budget=BUDGET, pad_id=0, share_prefixes=True)
+    rows = rows_of(*(common[tokens] + generator.choice([9, 10, 150], own).tolist() for tokens, own in made))
+    layout = Layout(
+        packing="flat", batch_size=4, max_length=60, token_budget=BUDGET, pad_id=0, share_prefixes=True, trim=trim
+    )
     parts = layout.cut(rows, range(len(rows)))
     assert sorted(index for (line,) in parts for index in line) == list(range(len(rows)))
     sizes = Sizes(rows, shared_prefixes(rows, range(len(rows))))
