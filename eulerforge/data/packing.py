@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from eulerforge.data.batches import Batch, collate
-from eulerforge.data.prefixes import Document, Sizes, documents_of, shared_prefixes
+from eulerforge.data.prefixes import Document, Shared, Sizes, documents_of, shared_prefixes
 from eulerforge.data.tokenized import TokenizedRows
 
 if TYPE_CHECKING:
@@ -128,9 +128,9 @@ class Layout:
         if self.packing == "flat":
             return [[part] for part in self._flat(rows, indices)]
         if self.packing == "bins":
-            lines = first_fit(rows, indices, self.max_length)
+            lines = first_fit(self._sizes(rows), indices, self.max_length)
         else:
-            lines = [[index] for index in _longest_first(rows, indices)]
+            lines = [[index] for index in self._sizes(rows).longest_first(indices)]
         return [lines[at : at + self.batch_size] for at in range(0, len(lines), self.batch_size)]
 
     def batch(self, rows: TokenizedRows, lines: Lines, device: torch.device | str) -> Batch:
@@ -145,11 +145,14 @@ class Layout:
 
     def _flat(self, rows: TokenizedRows, indices: Sequence[int]) -> Lines:
         if self.by_length:
-            return _similar_lengths(rows, indices, self.token_budget)
-        sizes = Sizes(rows, shared_prefixes(rows, indices) if self.share_prefixes else {})
-        parts = first_fit(rows, indices, self.token_budget, sizes)
-        even = _evenly(rows, indices, len(parts), sizes)
+            return _similar_lengths(self._sizes(rows), indices, self.token_budget)
+        sizes = self._sizes(rows, shared_prefixes(rows, indices) if self.share_prefixes else None)
+        parts = first_fit(sizes, indices, self.token_budget)
+        even = _evenly(sizes, indices, len(parts))
         return even if max(map(sizes.total, even)) <= max(map(sizes.total, parts)) else parts
+
+    def _sizes(self, rows: TokenizedRows, shared: Shared | None = None) -> Sizes:
+        return Sizes(rows, shared or {}, trim=self.trim)
 
     def most_positions(self, rows_per_step: int) -> int:
         """Positions of the largest micro-batch that can occur."""
@@ -167,12 +170,11 @@ def token_budget(config: RunConfig, device: torch.device, *, rows: int | None = 
     return min(whole, max(longest, CPU_TOKENS)) if device.type == "cpu" else whole
 
 
-def first_fit(rows: TokenizedRows, indices: Sequence[int], capacity: int, sizes: Sizes | None = None) -> Lines:
+def first_fit(sizes: Sizes, indices: Sequence[int], capacity: int) -> Lines:
     """Bins of at most ``capacity`` tokens, filled by first fit, longest first; a longer document gets its own bin."""
-    sizes = sizes or Sizes(rows, {})
     bins: Lines = []
     room: list[int] = []
-    for index in _longest_first(rows, indices):
+    for index in sizes.longest_first(indices):
         at = next((at for at, left in enumerate(room) if left >= sizes.of(index, bins[at])), None)
         if at is None:
             bins.append([index])
@@ -183,34 +185,26 @@ def first_fit(rows: TokenizedRows, indices: Sequence[int], capacity: int, sizes:
     return bins
 
 
-def _evenly(rows: TokenizedRows, indices: Sequence[int], count: int, sizes: Sizes) -> Lines:
+def _evenly(sizes: Sizes, indices: Sequence[int], count: int) -> Lines:
     """``count`` parts of nearly equal tokens: the longest document left goes to the emptiest part."""
     parts: Lines = [[] for _ in range(count)]
     filled = [0] * count
-    for index in _longest_first(rows, indices):
+    for index in sizes.longest_first(indices):
         at = filled.index(min(filled))
         filled[at] += sizes.of(index, parts[at])
         parts[at].append(index)
     return parts
 
 
-def _similar_lengths(rows: TokenizedRows, indices: Sequence[int], budget: int) -> Lines:
+def _similar_lengths(sizes: Sizes, indices: Sequence[int], budget: int) -> Lines:
     """Parts of neighbours in length, each at most ``budget`` positions when padded to its longest document."""
     parts: Lines = []
-    for index in _longest_first(rows, indices):
-        if parts and (len(parts[-1]) + 1) * _length(rows, parts[-1][0]) <= budget:
+    for index in sizes.longest_first(indices):
+        if parts and (len(parts[-1]) + 1) * sizes.of(parts[-1][0]) <= budget:
             parts[-1].append(index)
         else:
             parts.append([index])
     return parts
-
-
-def _longest_first(rows: TokenizedRows, indices: Sequence[int]) -> list[int]:
-    return sorted(indices, key=lambda index: -_length(rows, index))
-
-
-def _length(rows: TokenizedRows, index: int) -> int:
-    return int(rows.lengths[index])
 
 
 def pack(rows: TokenizedRows, of_lines: list[list[Document]], pad_id: int, device: torch.device | str) -> Batch:

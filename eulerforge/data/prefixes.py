@@ -63,7 +63,7 @@ def documents_of(rows: TokenizedRows, line: Sequence[int], *, share: bool, trim:
     documents: list[Document] = []
     begun: dict[int, int] = {}
     for index in line:
-        length = _needed(rows, index) if trim else int(rows.lengths[index])
+        length = needed(rows, index) if trim else int(rows.lengths[index])
         if index not in shared:
             documents.append(Document(index, 0, length))
             continue
@@ -76,30 +76,40 @@ def documents_of(rows: TokenizedRows, line: Sequence[int], *, share: bool, trim:
 
 
 class Sizes:
-    """How many tokens rows take in a micro-batch, where a prefix counts once."""
+    """How many tokens rows take in a micro-batch, where a prefix counts once; ``trim`` is as in ``documents_of``."""
 
-    def __init__(self, rows: TokenizedRows, shared: Shared) -> None:
-        self.rows, self.shared = rows, shared
+    def __init__(self, rows: TokenizedRows, shared: Shared, *, trim: bool = False) -> None:
+        self.rows, self.shared, self.trim = rows, shared, trim
+        self._lengths: dict[int, int] = {}
 
     def of(self, index: int, part: Sequence[int] = ()) -> int:
         """Tokens that the row adds to the rows in ``part``."""
-        length = int(self.rows.lengths[index])
+        length = self._length(index)
         if index not in self.shared:
             return length
         group, tokens = self.shared[index]
+        length = max(length, tokens + 1)
         there = any(other in self.shared and self.shared[other][0] == group for other in part)
         return length - tokens if there else length
 
     def total(self, part: Sequence[int]) -> int:
         return sum(self.of(index, part[:at]) for at, index in enumerate(part))
 
+    def longest_first(self, indices: Sequence[int]) -> list[int]:
+        return sorted(indices, key=lambda index: -self._length(index))
 
-def _needed(rows: TokenizedRows, index: int) -> int:
-    """Tokens before the row's last label, from which it is predicted; all of them where nothing is."""
+    def _length(self, index: int) -> int:
+        if index not in self._lengths:
+            whole = int(self.rows.lengths[index])
+            self._lengths[index] = needed(self.rows, index) if self.trim else whole
+        return self._lengths[index]
+
+
+def needed(rows: TokenizedRows, index: int) -> int:
+    """Tokens before the row's last label, which the loss depends on; all of them where nothing is predicted."""
     _, labelled = rows.row(index)
-    behind = int(np.argmax(labelled[::-1] != 0))
-    last = len(labelled) - 1 - behind
-    return last if last and labelled[last] else len(labelled)
+    trained = np.flatnonzero(labelled)
+    return int(trained[-1]) if len(trained) and trained[-1] else len(labelled)
 
 
 def _common(rows: TokenizedRows, members: Sequence[int]) -> int:

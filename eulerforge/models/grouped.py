@@ -59,6 +59,8 @@ def native(*operands: torch.Tensor) -> bool:
     strides = [stride for operand in operands for stride in operand.stride() if stride != 1]
     return (
         known
+        # a dimension of size 1 has that stride too, which the kernel does not take for a row's
+        and all(operand.stride().count(1) == 1 for operand in operands)
         and all(stride * dtype.itemsize % ALIGNMENT == 0 for stride in strides)
         and all(operand.data_ptr() % ALIGNMENT == 0 for operand in operands)
     )

@@ -21,6 +21,11 @@ from eulerforge.models.room import room
 from eulerforge.training import document_blocks
 from eulerforge.training.document_blocks import Block, Borders, documents_of, most_kept, numbers_kept, orders_of
 
+LANES = 32
+"""torch's softmax in half precision takes keys beyond the last whole 32 one by one: 120 take twice as long as 96."""
+MOST_WIDE = 448
+"""Keys up to which a softmax in fp32, rounded afterwards, is faster than that; what more take leaves the cache."""
+
 
 @torch.compiler.disable  # its loop over documents would be compiled anew for every batch
 def document_products(
@@ -133,9 +138,9 @@ class _Scores:
 
 
 def _softmax(s_KRS: torch.Tensor, out_KRS: torch.Tensor | None) -> torch.Tensor:
-    if s_KRS.dtype not in (torch.bfloat16, torch.float16):
+    keys = s_KRS.shape[-1]
+    if s_KRS.dtype not in (torch.bfloat16, torch.float16) or keys % LANES == 0 or keys > MOST_WIDE:
         return torch.softmax(s_KRS, -1, out=out_KRS)
-    # torch's own in half precision takes the keys beyond the last whole 32 one by one: 120 take thrice as long as 96
     wide_KRS = room("probabilities", s_KRS.shape, s_KRS.new_empty(0, dtype=torch.float32))
     torch.softmax(s_KRS, -1, dtype=torch.float32, out=wide_KRS)
     return wide_KRS.to(s_KRS.dtype) if out_KRS is None else out_KRS.copy_(wide_KRS)

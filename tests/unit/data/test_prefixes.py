@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -110,6 +111,15 @@ def test_nothing_is_there_from_a_rows_last_label_on() -> None:
     assert batch.tokens == 11, "all tokens of a row count as trained"
 
 
+@pytest.mark.parametrize(("packing", "lines"), [("flat", 1), ("bins", 3)])
+def test_what_is_left_out_is_in_no_budget(packing: str, lines: int) -> None:
+    rows = rows_of(*([300, 1, *[301] * 37] for _ in range(12)), [300, *[1] * 40], [300, *[2] * 30])
+    layout = Layout(packing=packing, batch_size=9, max_length=40, token_budget=90, pad_id=0, trim=True)
+    (cut,) = layout.cut(rows, range(14))
+    assert len(cut) == lines
+    assert cut[0][:2] == [12, 13] if packing == "flat" else [12] in cut
+
+
 def test_a_row_without_labels_stays_whole() -> None:
     rows = rows_of([300, 301, 302], [5, 300, 301])
     assert documents_of(rows, [0, 1], share=False, trim=True) == [Document(0, 0, 3), Document(1, 0, 3)]
@@ -125,7 +135,7 @@ def test_every_row_is_cut_once_and_no_budget_is_passed(made: list[tuple[int, int
     )
     parts = layout.cut(rows, range(len(rows)))
     assert sorted(index for (line,) in parts for index in line) == list(range(len(rows)))
-    sizes = Sizes(rows, shared_prefixes(rows, range(len(rows))))
+    sizes = Sizes(rows, shared_prefixes(rows, range(len(rows))), trim=trim)
     for lines in parts:
         batch = layout.batch(rows, lines, "cpu")
         assert batch.input_ids.numel() <= sizes.total(lines[0]) <= BUDGET

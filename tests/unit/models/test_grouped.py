@@ -44,6 +44,20 @@ def test_both_products_equal_one_matrix_product_per_group(dtype: torch.dtype) ->
         assert found.is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_column_and_one_row_are_taken_too(dtype: torch.dtype) -> None:
+    """torch's own product refuses a matrix that is one number wide: rank 1."""
+    ends = torch.tensor([4, 8], dtype=torch.int32)
+    wide, thin = torch.ones(8, 16, dtype=dtype), torch.ones(8, 1, dtype=dtype)
+    assert grouped_product(wide, torch.ones(2, 16, 1, dtype=dtype), ends).flatten().tolist() == [16.0] * 8
+    assert (
+        grouped_product(wide, torch.ones(2, 1, 16, dtype=dtype).transpose(1, 2), ends).flatten().tolist() == [16.0] * 8
+    )
+    assert grouped_product(thin, torch.ones(2, 1, 16, dtype=dtype), ends).unique().tolist() == [1.0]
+    assert grouped_outer(wide, thin, ends).flatten().tolist() == [4.0] * 32
+    assert grouped_outer(thin, wide, ends).flatten().tolist() == [4.0] * 32
+
+
 def test_torch_s_own_product_is_used_where_it_exists() -> None:
     assert native(torch.zeros(2, 8), torch.zeros(1, 8, 8))
     assert native(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 8, dtype=torch.bfloat16))
