@@ -63,7 +63,7 @@ def documents_of(rows: TokenizedRows, line: Sequence[int], *, share: bool, trim:
     documents: list[Document] = []
     begun: dict[int, int] = {}
     for index in line:
-        length = needed(rows, index) if trim else int(rows.lengths[index])
+        length = length_of(rows, index, trim=trim)
         if index not in shared:
             documents.append(Document(index, 0, length))
             continue
@@ -100,16 +100,17 @@ class Sizes:
 
     def _length(self, index: int) -> int:
         if index not in self._lengths:
-            whole = int(self.rows.lengths[index])
-            self._lengths[index] = needed(self.rows, index) if self.trim else whole
+            self._lengths[index] = length_of(self.rows, index, trim=self.trim)
         return self._lengths[index]
 
 
-def needed(rows: TokenizedRows, index: int) -> int:
-    """Tokens before the row's last label, which the loss depends on; all of them where nothing is predicted."""
-    _, labelled = rows.row(index)
+def length_of(rows: TokenizedRows, index: int, *, trim: bool) -> int:
+    """Tokens of a row; with ``trim`` those before its last label, which its loss depends on, if one is predicted."""
+    ids, labelled = rows.row(index)
+    if not trim:
+        return len(ids)
     trained = np.flatnonzero(labelled)
-    return int(trained[-1]) if len(trained) and trained[-1] else len(labelled)
+    return int(trained[-1]) if len(trained) and trained[-1] else len(ids)
 
 
 def _common(rows: TokenizedRows, members: Sequence[int]) -> int:

@@ -15,8 +15,6 @@ from eulerforge.models.device import is_ampere_or_later
 
 ALIGNMENT = 16
 """Bytes to which torch wants every row aligned: a rank in bf16 should be a multiple of 8, else the loop is taken."""
-
-
 THIN = 16
 """Columns of b below which a CPU computes a^T b up to ten times as slowly as b^T a (fp32, 1,632 rows, 8 columns)."""
 

@@ -51,15 +51,16 @@ def plan_layout(
             shares = asked and config.data.packing == "flat" and isolation.goes_on
             if proven:
                 isolation = attrs.evolve(isolation, leak=prove(model, shares=shares))
+    packing = config.data.packing if isolation.possible else "off"
     layout = Layout(
-        packing=config.data.packing if isolation.possible else "off",
+        packing=packing,
         batch_size=config.training.batch_size,
         max_length=config.data.max_length,
         token_budget=token_budget(config, device),
         pad_id=filler,
         by_length=by_length,
         share_prefixes=shares,
-        trim=config.data.packing != "off" and isolation.possible,
+        trim=packing != "off",
     )
     return layout, isolation
 

@@ -66,7 +66,7 @@ class FrozenPrefix:
             hook.remove()
 
     def _keep(self, lines: list[list[Document]], states_BTH: torch.Tensor) -> None:
-        for at, place, index, size in _places(lines):
+        for at, place, index, size in _documents(lines):
             if index not in self._places:
                 self._states[self._used : self._used + size] = states_BTH[at, place : place + size].cpu()
                 self._places[index] = self._used
@@ -76,7 +76,7 @@ class FrozenPrefix:
         """(B, T, H); zeros where a line is filled up, which no document sees."""
         longest = max(sum(map(len, line)) for line in lines)
         states_BTH = torch.zeros(len(lines), longest, self._states.shape[1], dtype=self._states.dtype)
-        for at, place, index, size in _places(lines):
+        for at, place, index, size in _documents(lines):
             start = self._places[index]
             states_BTH[at, place : place + size] = self._states[start : start + size]
         return states_BTH
@@ -128,7 +128,7 @@ class _StandIn(Through):
         return F.pad(states_BTH, (0, 0, 0, hidden_states.shape[1] - states_BTH.shape[1]))
 
 
-def _places(lines: list[list[Document]]) -> Iterator[tuple[int, int, int, int]]:
+def _documents(lines: list[list[Document]]) -> Iterator[tuple[int, int, int, int]]:
     """(line, place in it, row, tokens) of each document."""
     for at, line in enumerate(lines):
         place = 0

@@ -50,9 +50,8 @@ def test_one_column_and_one_row_are_taken_too(dtype: torch.dtype) -> None:
     ends = torch.tensor([4, 8], dtype=torch.int32)
     wide, thin = torch.ones(8, 16, dtype=dtype), torch.ones(8, 1, dtype=dtype)
     assert grouped_product(wide, torch.ones(2, 16, 1, dtype=dtype), ends).flatten().tolist() == [16.0] * 8
-    assert (
-        grouped_product(wide, torch.ones(2, 1, 16, dtype=dtype).transpose(1, 2), ends).flatten().tolist() == [16.0] * 8
-    )
+    turned = torch.ones(2, 1, 16, dtype=dtype).transpose(1, 2)
+    assert grouped_product(wide, turned, ends).flatten().tolist() == [16.0] * 8
     assert grouped_product(thin, torch.ones(2, 1, 16, dtype=dtype), ends).unique().tolist() == [1.0]
     assert grouped_outer(wide, thin, ends).flatten().tolist() == [4.0] * 32
     assert grouped_outer(thin, wide, ends).flatten().tolist() == [4.0] * 32
